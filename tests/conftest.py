@@ -1,0 +1,60 @@
+"""What every test shares: hypothesis profiles, the device tests, and a look at what a test left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The default: the same cases in every run, so that a change and not chance turns a run red. No deadlines: the first
+# call of an operation initialises libraries, and machines are shared.
+settings.register_profile(
+    "ci",
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# pytest --hypothesis-profile=deep: other cases every time.
+settings.register_profile(
+    "deep",
+    max_examples=20_000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci")
+
+# The models are tiny: handing them to more threads takes longer than computing, above all where cores are shared.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a device that is not there."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_global_left() -> Iterator[None]:
+    """Start from one seed, and fail the test that leaves a global setting behind, not the one after it."""
+    torch.manual_seed(0)
+    before = _globals()
+    yield
+    assert _globals() == before, "the test left a global setting of torch changed"
+
+
+def _globals() -> dict[str, object]:
+    return {
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast dtype": torch.get_autocast_dtype("cpu"),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+    }

@@ -1,0 +1,213 @@
+"""What a device is said to do, tried against what it does."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wrapprec.backends import base, cpu
+from wrapprec.backends.base import Backend
+from wrapprec.backends.cpu import CpuBackend
+from wrapprec.backends.cuda import CudaBackend
+from wrapprec.backends.select import auto_policy, backend_for
+from wrapprec.errors import PolicyError
+from wrapprec.policy import Policy
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+LAUNCHER = "ACCELERATE_MIXED_PRECISION"
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LAUNCHER, raising=False)
+
+
+def with_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> CpuBackend:
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    return CpuBackend()
+
+
+def test_backend_is_one_instance_a_device_type() -> None:
+    assert backend_for("cpu") is backend_for(CPU)
+    assert backend_for("cuda:1") is backend_for("cuda")
+    assert isinstance(backend_for("cuda"), CudaBackend)
+
+
+def test_unsupported_device_is_refused_by_name() -> None:
+    with pytest.raises(PolicyError) as caught:
+        backend_for("mps")
+    assert str(caught.value) == (
+        "Expected a device of a supported type (cpu, cuda).\n"
+        "Received: mps\n"
+        "Remedy: move the model to one of these before wrapping it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "by"),
+    [("amx_bf16", "AMX"), ("avx512_bf16", "avx512_bf16"), ("bf16", "Arm bf16")],
+)
+def test_cpu_with_bfloat16_instructions_gets_bf16_mixed(monkeypatch: pytest.MonkeyPatch, flag: str, by: str) -> None:
+    backend = with_flags(monkeypatch, flag)
+    assert backend.auto(CPU) == ("bf16-mixed", f"this CPU computes in bfloat16 ({by})")
+    assert BF16 in backend.capability(CPU).fast_dtypes
+
+
+def test_other_cpu_gets_32_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = with_flags(monkeypatch, "avx2", "avx512f")
+    assert backend.auto(CPU)[0] == "32-true"
+    assert backend.capability(CPU).fast_dtypes == {torch.float32, torch.float64}
+
+
+def test_float16_on_a_cpu_without_it_is_advised_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = with_flags(monkeypatch, "avx512_bf16")
+    assert backend.advise(Policy.parse("16-mixed").precision, CPU) == (
+        "float16 on a CPU without float16 instructions is 16 to 18 times slower than bfloat16; "
+        "bf16-mixed is the better choice"
+    )
+    assert backend.advise(Policy.parse("bf16-mixed").precision, CPU) is None
+    assert with_flags(monkeypatch, "avx512_fp16").advise(Policy.parse("16-mixed").precision, CPU) is None
+
+
+def test_flags_agree_with_torchs_own_probe() -> None:
+    assert ("avx512_bf16" in cpu.cpu_flags()) == torch.cpu._is_avx512_bf16_supported()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(4), lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_cpu_norms_take_low_activations_with_float32_parameters(make: Any, dtype: torch.dtype) -> None:
+    assert CpuBackend().accepts_mixed_norm(make(), dtype, CPU)
+
+
+def test_norm_that_warns_of_the_mix_is_not_accepted_though_it_warned_before() -> None:
+    # Torch warns of a mixed RMSNorm once a process; the probe must see it every time.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.RMSNorm(4)(torch.ones(2, 4, dtype=BF16))
+    assert not CpuBackend().accepts_mixed_norm(nn.RMSNorm(4), BF16, CPU)
+    assert not CpuBackend().accepts_mixed_norm(nn.RMSNorm(4), torch.float16, CPU)
+
+
+def test_module_that_is_no_such_norm_is_not_accepted() -> None:
+    for module in (nn.Linear(2, 2), nn.LocalResponseNorm(2)):
+        assert not CpuBackend().accepts_mixed_norm(module, BF16, CPU)
+
+
+class Promoting(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float())
+
+
+class Wrong(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1 if input.dtype == torch.float32 else 1.1)
+
+
+class Failing(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        raise RuntimeError("no kernel")
+
+
+@pytest.mark.parametrize("kind", [Promoting, Wrong, Failing])
+def test_kernel_that_promotes_errs_or_fails_is_not_accepted(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]
+) -> None:
+    monkeypatch.setitem(base._NORMS, "LayerNorm", (kind, (8,), (4, 8)))
+    assert not CpuBackend().accepts_mixed_norm(nn.LayerNorm(4), BF16, CPU)
+
+
+def test_probe_runs_once_a_kind_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> bool:
+        calls.append(arguments)
+        return True
+
+    monkeypatch.setattr(base, "_probe", record)
+    backend = CpuBackend()
+    for width in (2, 3, 4):
+        assert backend.accepts_mixed_norm(nn.LayerNorm(width), BF16, CPU)
+    assert calls == [("LayerNorm", BF16, CPU)]
+
+
+def test_probe_disturbs_neither_random_state_nor_modes() -> None:
+    before = torch.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", BF16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CpuBackend().accepts_mixed_norm(nn.LayerNorm(4), BF16, CPU)
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        assert CpuBackend().accepts_mixed_norm(nn.BatchNorm1d(4), BF16, CPU)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.is_warn_always_enabled()
+
+
+def test_capability_lists_the_probed_norms() -> None:
+    capability = backend_for("cpu").capability(CPU)
+    assert ("LayerNorm", "bfloat16") in capability.mixed_norms
+    assert ("RMSNorm", "bfloat16") not in capability.mixed_norms
+    assert capability.scaling
+    assert capability.autocast_dtypes == {BF16, torch.float16}
+
+
+def test_read_returns_numbers_of_every_dtype_in_order() -> None:
+    tensors = (torch.tensor(3), torch.tensor([1.5]), torch.tensor(True), torch.tensor(0.25, dtype=BF16))
+    assert backend_for("cpu").read(*tensors) == [3.0, 1.5, 1.0, 0.25]
+    assert backend_for("cpu").read() == []
+
+
+def test_read_keeps_whole_numbers_beyond_float32_exact() -> None:
+    assert backend_for("cpu").read(torch.tensor(2**24 + 1)) == [2**24 + 1]
+
+
+def test_lending_styles_are_those_measured() -> None:
+    assert (CpuBackend.lending.bucket_elements, CpuBackend.lending.multi_tensor) == (0, False)
+    assert (CudaBackend.lending.bucket_elements, CudaBackend.lending.multi_tensor) == (2**22, True)
+
+
+def test_cuda_backend_makes_no_cuda_call_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was called"))
+    backend, device = CudaBackend(), torch.device("cuda")
+    assert not backend.accepts_mixed_norm(nn.LayerNorm(2), BF16, device)
+    assert backend.capability(device).mixed_norms == frozenset()
+    with pytest.raises(PolicyError, match="a CUDA device for the policy 'auto'"):
+        backend.auto(device)
+
+
+@pytest.mark.parametrize(("native", "spelling"), [(True, "bf16-mixed"), (False, "16-mixed")])
+def test_cuda_gets_bfloat16_where_it_is_native(monkeypatch: pytest.MonkeyPatch, native: bool, spelling: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(CudaBackend, "has_bfloat16", lambda self, device: native)
+    assert CudaBackend().auto(torch.device("cuda"))[0] == spelling
+
+
+@pytest.mark.parametrize(
+    ("launched", "preset"), [("fp16", "16-mixed"), ("bf16", "bf16-mixed"), ("fp8", "fp8-mixed"), ("BF16", "bf16-mixed")]
+)
+def test_auto_follows_accelerates_launcher_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, launched: str, preset: str
+) -> None:
+    monkeypatch.setenv(LAUNCHER, launched)
+    policy, reason = auto_policy("cpu")
+    assert policy == Policy.parse(preset)
+    assert reason == f"accelerate's launcher set {LAUNCHER}={launched.lower()}"
+
+
+@pytest.mark.parametrize("launched", ["no", ""])
+def test_launcher_that_set_nothing_is_not_followed(monkeypatch: pytest.MonkeyPatch, launched: str) -> None:
+    monkeypatch.setenv(LAUNCHER, launched)
+    monkeypatch.setattr(CpuBackend, "auto", lambda self, device: ("32-true", "asked"))
+    assert auto_policy("cpu") == (Policy.parse(32), "asked")
+
+
+def test_backend_is_abstract() -> None:
+    with pytest.raises(TypeError):
+        Backend()  # type: ignore[abstract]  # that is the point

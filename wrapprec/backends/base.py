@@ -1,0 +1,231 @@
+"""What a device type must be able to answer, and the parts that are the same on all of them."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wrapprec.precision import Precision
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a device can do.
+
+    Args:
+        device_type: e.g. `cpu`.
+        autocast_dtypes: what autocast can compute in there.
+        fast_dtypes: what runs at least as fast as float32 there.
+        scaling: whether float16 needs, and gets, a loss scale there.
+        notes: what else a reader of the plan should know.
+        mixed_norms: `(class name, dtype name)` of the normalisations whose kernel takes activations of that dtype
+            with float32 parameters.
+    """
+
+    device_type: str
+    autocast_dtypes: frozenset[torch.dtype]
+    fast_dtypes: frozenset[torch.dtype]
+    scaling: bool
+    notes: tuple[str, ...]
+    mixed_norms: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Lending:
+    """How weights are lent.
+
+    Args:
+        bucket_elements: how many elements a bucket may hold; 0 makes one bucket of every module.
+        multi_tensor: whether one multi-tensor pass beats a cast for each parameter.
+    """
+
+    bucket_elements: int
+    multi_tensor: bool
+
+
+_NORMS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "LayerNorm": (nn.LayerNorm, (8,), (4, 8)),
+    "RMSNorm": (nn.RMSNorm, (8,), (4, 8)),
+    "GroupNorm": (nn.GroupNorm, (2, 8), (4, 8, 3)),
+    "BatchNorm1d": (nn.BatchNorm1d, (8,), (4, 8)),
+    "BatchNorm2d": (nn.BatchNorm2d, (8,), (4, 8, 3, 3)),
+    "BatchNorm3d": (nn.BatchNorm3d, (8,), (4, 8, 2, 2, 2)),
+    "SyncBatchNorm": (nn.SyncBatchNorm, (8,), (4, 8, 3, 3)),
+    "InstanceNorm1d": (nn.InstanceNorm1d, (8,), (4, 8, 5)),
+    "InstanceNorm2d": (nn.InstanceNorm2d, (8,), (4, 8, 3, 3)),
+    "InstanceNorm3d": (nn.InstanceNorm3d, (8,), (4, 8, 2, 2, 2)),
+}
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """Name the torch normalisation that a module is, or descends from.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The class name, or None for a module that is none of those with float32 parameters.
+
+    >>> norm_kind(nn.BatchNorm2d(3)), norm_kind(nn.Linear(2, 2))
+    ('BatchNorm2d', None)
+    """
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in _NORMS:
+            return kind.__name__
+    return None
+
+
+class Backend(ABC):
+    """A device type.
+
+    Attributes:
+        name: the device type.
+        lending: how weights are lent there.
+        scaling: whether float16 needs, and gets, a loss scale there.
+    """
+
+    name: str
+    lending: Lending
+    scaling: bool = True
+
+    def __init__(self) -> None:
+        self._probed: dict[tuple[str, torch.dtype, str], bool] = {}
+
+    @abstractmethod
+    def capability(self, device: torch.device) -> Capability:
+        """Say what a device can do.
+
+        Args:
+            device: a device of this type.
+
+        Returns:
+            Its capability.
+        """
+
+    @abstractmethod
+    def auto(self, device: torch.device) -> tuple[str, str]:
+        """Choose the policy for a device.
+
+        Args:
+            device: a device of this type.
+
+        Returns:
+            The spelling of a preset, and the reason in a few words.
+        """
+
+    def advise(self, precision: Precision, device: torch.device) -> str | None:
+        """Say whether another precision would serve better on a device.
+
+        Args:
+            precision: what the policy asks for.
+            device: a device of this type.
+
+        Returns:
+            The advice, to be given once; None where there is none.
+        """
+        return None
+
+    def accepts_mixed_norm(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+        """Say whether a norm's kernel takes activations in `dtype` with float32 parameters, by trying it once.
+
+        A fresh, tiny norm of the same kind is run forward and backward; the module itself is not touched, and
+        neither are the random state, the gradient mode and autocast.
+
+        Args:
+            module: an instance of one of torch's normalisations.
+            dtype: the dtype of the activations.
+            device: where.
+
+        Returns:
+            True if it ran without an exception or a warning, answered in `dtype`, and differed from the float32
+            result by rounding only.
+        """
+        kind = norm_kind(module)
+        if kind is None:
+            return False
+        key = (kind, dtype, device.type)
+        if key not in self._probed:
+            self._probed[key] = _probe(kind, dtype, device)
+        return self._probed[key]
+
+    def mixed_norms(self, device: torch.device) -> frozenset[tuple[str, str]]:
+        """List the norms that take low-precision activations with float32 parameters.
+
+        Args:
+            device: a device of this type.
+
+        Returns:
+            Pairs of class name and dtype name.
+        """
+        found = set()
+        for kind, (make, arguments, _) in _NORMS.items():
+            for dtype in (torch.bfloat16, torch.float16):
+                if self.accepts_mixed_norm(make(*arguments, device="meta"), dtype, device):
+                    found.add((kind, str(dtype).removeprefix("torch.")))
+        return frozenset(found)
+
+    def read(self, *tensors: Tensor) -> list[float]:
+        """Read one-element tensors on the host, all in one transfer; nothing else in wrapprec does.
+
+        Args:
+            tensors: each of one element, any dtype.
+
+        Returns:
+            Their values.
+        """
+        if not tensors:
+            return []
+        wide = any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.bool) for t in tensors)
+        dtype, device = torch.float64 if wide else torch.float32, tensors[0].device
+        with torch.no_grad():
+            values: list[float] = torch.stack([t.detach().reshape(()).to(device, dtype) for t in tensors]).tolist()
+        return values
+
+
+def _probe(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    # Warnings marked "once" in C++ would hide a slow path that an earlier call has already warned of.
+    always = torch.is_warn_always_enabled()
+    autocast_off = torch.autocast(device.type, enabled=False)
+    with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False), torch.enable_grad(), autocast_off:
+        warnings.simplefilter("always")
+        torch.set_warn_always(True)
+        try:
+            agrees = all(_agrees(kind, dtype, device, training) for training in (True, False))
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        finally:
+            torch.set_warn_always(always)
+    return agrees and not caught
+
+
+def _agrees(kind: str, dtype: torch.dtype, device: torch.device, training: bool) -> bool:
+    """Run the norm in the mix and in float32, and compare outputs and weight gradients."""
+    make, arguments, shape = _NORMS[kind]
+    affine = {"affine": True} if kind.startswith("Instance") else {}
+    results = []
+    for activations in (dtype, torch.float32):
+        norm = make(*arguments, **affine, device=device, dtype=torch.float32).train(training)
+        with torch.no_grad():
+            for parameter in norm.parameters():
+                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel(), device=device))
+        count = torch.Size(shape).numel()
+        data = torch.linspace(-3, 5, count, device=device, dtype=torch.float32).cos().reshape(shape).to(dtype)
+        x = data.to(activations).requires_grad_()
+        out = norm(x)
+        if out.dtype != activations:
+            return False
+        (gradient,) = torch.autograd.grad(out, [next(norm.parameters())], grad_outputs=data.to(out.dtype))
+        if gradient.dtype != torch.float32:
+            return False
+        results.append((out.detach().float(), gradient))
+    # Outputs are rounded once, and so is what backward recomputes: two units in the last place of the largest value.
+    unit = 2 * torch.finfo(dtype).eps
+    return all(
+        bool(((mixed - true).abs().amax() <= unit * true.abs().amax()).item())
+        for mixed, true in zip(*results, strict=True)
+    )

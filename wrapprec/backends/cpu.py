@@ -1,0 +1,99 @@
+"""The CPU: which low precision its instructions compute in, and what is fast there."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import torch
+
+from wrapprec.backends.base import Backend, Capability, Lending
+from wrapprec.precision import Precision
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """Gather the instruction sets that torch and the kernel report.
+
+    Returns:
+        The flags in lower case; empty where neither says anything.
+
+    >>> isinstance(cpu_flags(), frozenset)
+    True
+    """
+    # Torch 2.13 lists them all; before that there are only private probes, and the kernel's own list.
+    listed: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    flags = {name for name, present in listed.items() if present is True}
+    probes = {"amx_bf16": "_is_amx_tile_supported", "amx_fp16": "_is_amx_fp16_supported"}
+    probes["avx512_bf16"] = "_is_avx512_bf16_supported"
+    flags |= {flag for flag, probe in probes.items() if getattr(torch.cpu, probe, bool)()}
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    return frozenset(flags | set(found.group(1).lower().split() if found else ()))
+
+
+def _first(names: dict[str, str]) -> str | None:
+    """The printed name of the first flag that this CPU has."""
+    return next((printed for flag, printed in names.items() if flag in cpu_flags()), None)
+
+
+class CpuBackend(Backend):
+    """The CPU backend.
+
+    >>> CpuBackend().capability(torch.device("cpu")).device_type
+    'cpu'
+    """
+
+    name = "cpu"
+    # A multi-tensor cast lost to a cast for each parameter in whole steps here: the caches are cold by then.
+    lending = Lending(bucket_elements=0, multi_tensor=False)
+
+    def bfloat16_by(self) -> str | None:
+        """Name the instructions that compute in bfloat16.
+
+        Returns:
+            `AMX`, `avx512_bf16`, `Arm bf16`, or None.
+        """
+        # x86 never reports a bare `bf16`; Arm does.
+        return _first({"amx_bf16": "AMX", "avx512_bf16": "avx512_bf16", "bf16": "Arm bf16", "arm_bf16": "Arm bf16"})
+
+    def float16_by(self) -> str | None:
+        """Name the instructions that compute in float16.
+
+        Returns:
+            `AMX-FP16`, `avx512_fp16`, `Arm fp16`, or None.
+        """
+        return _first({"amx_fp16": "AMX-FP16", "avx512_fp16": "avx512_fp16", "asimdhp": "Arm fp16"})
+
+    def capability(self, device: torch.device) -> Capability:
+        """See `Backend.capability`."""
+        bfloat16, float16 = self.bfloat16_by(), self.float16_by()
+        fast = {torch.float32, torch.float64}
+        fast |= {torch.bfloat16} if bfloat16 else set()
+        fast |= {torch.float16} if float16 else set()
+        notes = (
+            f"bfloat16 by {bfloat16}" if bfloat16 else "no bfloat16 instructions",
+            f"float16 by {float16}" if float16 else "no float16 instructions",
+        )
+        low = frozenset({torch.bfloat16, torch.float16})
+        return Capability("cpu", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device))
+
+    def auto(self, device: torch.device) -> tuple[str, str]:
+        """See `Backend.auto`."""
+        by = self.bfloat16_by()
+        if by:
+            return "bf16-mixed", f"this CPU computes in bfloat16 ({by})"
+        return "32-true", "this CPU has no bfloat16 instructions, so that low precision would be slower"
+
+    def advise(self, precision: Precision, device: torch.device) -> str | None:
+        """See `Backend.advise`."""
+        if precision.compute_dtype != torch.float16 or self.float16_by():
+            return None
+        return (
+            "float16 on a CPU without float16 instructions is 16 to 18 times slower than bfloat16; "
+            "bf16-mixed is the better choice"
+        )

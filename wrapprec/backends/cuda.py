@@ -1,0 +1,64 @@
+"""CUDA (and ROCm, which torch presents as CUDA) devices; on a machine without one, nothing here calls CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wrapprec.backends.base import Backend, Capability, Lending
+from wrapprec.errors import PolicyError, message
+
+
+class CudaBackend(Backend):
+    """The CUDA backend.
+
+    >>> CudaBackend().lending.multi_tensor
+    True
+    """
+
+    name = "cuda"
+    lending = Lending(bucket_elements=2**22, multi_tensor=True)
+
+    def has_bfloat16(self, device: torch.device) -> bool:
+        """Say whether a device computes in bfloat16 natively.
+
+        Args:
+            device: a CUDA device.
+
+        Returns:
+            False also where CUDA is not available.
+        """
+        if not torch.cuda.is_available():
+            return False
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+    def capability(self, device: torch.device) -> Capability:
+        """See `Backend.capability`."""
+        bfloat16 = self.has_bfloat16(device)
+        fast = {torch.float32, torch.float16} | ({torch.bfloat16} if bfloat16 else set())
+        notes = ("bfloat16 is native" if bfloat16 else "bfloat16 is not native",)
+        low = frozenset({torch.bfloat16, torch.float16})
+        return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device))
+
+    def auto(self, device: torch.device) -> tuple[str, str]:
+        """See `Backend.auto`.
+
+        Raises:
+            PolicyError: there is no CUDA device to ask.
+        """
+        if not torch.cuda.is_available():
+            raise PolicyError(
+                message(
+                    "a CUDA device for the policy 'auto'",
+                    f"{device}, but torch finds no CUDA device",
+                    remedy="name the policy, e.g. 'bf16-mixed', or move the model to a device that is there",
+                )
+            )
+        if self.has_bfloat16(device):
+            return "bf16-mixed", "this GPU computes in bfloat16"
+        return "16-mixed", "this GPU has no native bfloat16"
+
+    def accepts_mixed_norm(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+        """See `Backend.accepts_mixed_norm`."""
+        return torch.cuda.is_available() and super().accepts_mixed_norm(module, dtype, device)

@@ -1,0 +1,73 @@
+"""From a device to its backend, and to the policy that `auto` means there."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from wrapprec.backends.base import Backend
+from wrapprec.backends.cpu import CpuBackend
+from wrapprec.backends.cuda import CudaBackend
+from wrapprec.errors import PolicyError, message
+from wrapprec.policy import Policy
+
+_BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
+_LAUNCHER = "ACCELERATE_MIXED_PRECISION"
+_LAUNCHED = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp8": "fp8-mixed"}
+
+
+@functools.cache
+def _instance(kind: str) -> Backend:
+    return _BACKENDS[kind]()
+
+
+def backend_for(device: torch.device | str) -> Backend:
+    """Find the backend of a device.
+
+    Args:
+        device: a device or its name.
+
+    Returns:
+        The one instance for that device type; it remembers its probes.
+
+    Raises:
+        PolicyError: there is none for that device type.
+
+    >>> backend_for("cpu").name
+    'cpu'
+    """
+    kind = torch.device(device).type
+    if kind not in _BACKENDS:
+        raise PolicyError(
+            message(
+                f"a device of a supported type ({', '.join(_BACKENDS)})",
+                f"{device}",
+                remedy="move the model to one of these before wrapping it",
+            )
+        )
+    return _instance(kind)
+
+
+def auto_policy(device: torch.device | str) -> tuple[Policy, str]:
+    """Choose the policy that `auto` means on a device.
+
+    accelerate's launcher announces its mixed precision in an environment variable; where it did (`no` means not
+    set), that is followed.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        The policy, and the reason for the plan to show.
+
+    Raises:
+        PolicyError: there is no backend for the device, or nobody there to ask.
+    """
+    launched = os.environ.get(_LAUNCHER, "").strip().lower()
+    if launched in _LAUNCHED:
+        backend_for(device)
+        return Policy.parse(_LAUNCHED[launched]), f"accelerate's launcher set {_LAUNCHER}={launched}"
+    spelling, reason = backend_for(device).auto(torch.device(device))
+    return Policy.parse(spelling), reason

@@ -1,0 +1,302 @@
+"""The autograd Functions at the border of a scope: lend weights, enter, leave.
+
+Inside a scope every gradient is S times what it is outside. A value may cross the border in forward (a weight, an
+input, an output) or in backward (their gradients), and with ``create_graph=True`` the crossings of backward are
+themselves differentiated. One rule gives every case: *a gradient with respect to anything inside is S times the
+true one*. So a crossing that multiplies by k on its way in has the backward ``k / S`` on the way out, and one that
+multiplies by k on its way out has the backward ``k * S`` on the way in:
+
+======================  =========  ===  ==========================
+Function                direction  k    its backward
+======================  =========  ===  ==========================
+`Enter`, `Lend`         in         1    `ScaleDown`, `Return`: 1/S
+`Leave`                 out        1    `ScaleUp`: S
+`ScaleDown`, `Return`   out        1/S  `Enter`, `Lend`: 1
+`ScaleUp`               in         S    `Leave`: 1
+======================  =========  ===  ==========================
+
+Every Function returns `Tensor.detach`: storage and version counter are shared, but it is not a view to autograd, so
+that later in-place operations are allowed and those that spoil a saved tensor are still noticed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from wrapprec.errors import ScaleLeakError, message
+from wrapprec.scale import Scaler
+
+if TYPE_CHECKING:
+    from wrapprec.bucket import Bucket
+
+_REMEMBERED_BACKWARDS = 64
+
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+_backwards: dict[int, weakref.WeakSet[Scaler]] = {}
+"""The scales that took part in the latest backwards, by graph task."""
+
+
+def _trim(by_task: dict[int, Any]) -> None:
+    # A backward that raised never says that it ended, so entries go by age; task ids are not used twice.
+    while len(by_task) > _REMEMBERED_BACKWARDS:
+        del by_task[next(iter(by_task))]
+
+
+class Border:
+    """The border of one opened scope, with the scale it was opened under.
+
+    Args:
+        scaler: the wrapped model's loss scale; its value now is this border's S.
+        outer: the border of the scope in which this one was opened: its S divides the lent weights' gradients too.
+    """
+
+    def __init__(self, scaler: Scaler, outer: Border | None = None) -> None:
+        self.scaler = scaler
+        self.outer = outer
+        self.scale = scaler.scale
+        self.total = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
+
+    def enter_backward(self) -> None:
+        """Remember that the running backward has come inside through this border."""
+        task = torch._C._current_graph_task_id()
+        self.scaler.begin(task, _backwards.setdefault(task, weakref.WeakSet()))
+        borders = self.scaler.borders
+        known = borders.setdefault(task, self)
+        if known.scale is not self.scale:
+            borders[task] = known.blurred()
+        _trim(borders)
+        _trim(_backwards)
+
+    def leave_backward(self, what: str) -> None:
+        """Raise unless the running backward came inside through a border: else 1/S would be applied to a true gradient.
+
+        Raises:
+            ScaleLeakError: the gradient got inside past every border.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self.scaler.borders:
+            raise ScaleLeakError(
+                message(
+                    "a gradient that entered the wrapped model through its outputs",
+                    f"a gradient that reached {what} without crossing the model's loss-scale border",
+                    remedy="call backward outside forward, and pass tensors that leave forward by another way than its"
+                    " outputs (hooks, closures, globals) through wrapprec.leave(tensor)",
+                )
+            )
+
+    def blurred(self) -> Border:
+        """A border that says that one backward ran through several values of the scale."""
+        blurred = Border(self.scaler)
+        blurred.scale = blurred.total = torch.full_like(self.scale, float("nan"))
+        return blurred
+
+
+def _scalar(number: Tensor, like: Tensor) -> Tensor:
+    return number if number.device == like.device else number.to(like.device, non_blocking=True)
+
+
+def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """Multiply dense gradients in place by `factor` and say, one flag per device and dtype, whether any is inf or nan.
+
+    Args:
+        grads: dense floating tensors on any devices; they must be nobody else's.
+        factor: float32, shape ().
+
+    Returns:
+        Flags, float32 of shape (): 1.0 where an element was inf or nan, before or after the product.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+    flags = []
+    for (device, _), group in groups.items():
+        flag = torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, flag, _scalar(factor, group[0]))
+        flags.append(flag)
+    return flags
+
+
+class Enter(Function):
+    """Identity on the way in; the gradient is divided by S on the way out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, border: Border) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.border = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.border.leave_backward("an input")
+        return ScaleDown.apply(grad, ctx.border), None
+
+
+class ScaleDown(Function):
+    """An input's gradient on its way out."""
+
+    @staticmethod
+    def forward(grad: Tensor, border: Border) -> Tensor:
+        # The product is taken in float32, where 1/S and an overflow can be told apart.
+        true = grad.to(torch.float32, copy=True) if grad.dtype != torch.float64 else grad.clone()
+        for flag in check_and_scale_([true], border.scale.reciprocal()):
+            seen = border.scaler.seen
+            torch.maximum(seen, _scalar(flag, seen), out=seen)
+        return true.to(grad.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.border = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.border.enter_backward()
+        return Enter.apply(grad, ctx.border), None
+
+
+class Leave(Function):
+    """Identity on the way out; the gradient is multiplied by S on the way in."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, border: Border) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.border = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.border.enter_backward()
+        return ScaleUp.apply(grad, ctx.border), None
+
+
+class ScaleUp(Function):
+    """An output's gradient on its way in."""
+
+    @staticmethod
+    def forward(grad: Tensor, border: Border) -> Tensor:
+        return grad * _scalar(border.scale, grad).to(grad.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.border = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.border.leave_backward("an output's gradient")
+        return Leave.apply(grad, ctx.border), None
+
+
+class Recompute(Function):
+    """Identity both ways on the outputs of a recomputed block: it tells the nested backward which S is in force."""
+
+    @staticmethod
+    def forward(tensor: Tensor, border: Border) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.border = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.border.enter_backward()
+        return Recompute.apply(grad, ctx.border), None
+
+
+class Lend(Function):
+    """Weights on their way in: cast, or the same storage in the same dtype."""
+
+    @staticmethod
+    def forward(border: Border | None, bucket: Bucket, dtypes: Dtypes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if bucket.multi_tensor:
+            low = [torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)]
+            if low:
+                torch._foreach_copy_(low, [t for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)])
+            made = iter(low)
+            return tuple(
+                t.detach() if d in (None, t.dtype) else next(made) for t, d in zip(tensors, dtypes, strict=True)
+            )
+        return tuple(t.detach() if d is None else t.detach().to(d) for t, d in zip(tensors, dtypes, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        # Plain attributes: a saved tensor would have to be saved again, in the same order, by a checkpoint's recomputation.
+        ctx.border, ctx.bucket, ctx.low, *ctx.tensors = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.border is not None:
+            ctx.border.leave_backward("a weight")
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[3 + i]]
+        true: list[Tensor | None] = [None] * len(grads)
+        if wanted:
+            tensors = [ctx.tensors[i] for i in wanted]
+            low = tuple(ctx.low[i] for i in wanted)
+            returned = Return.apply(ctx.border, ctx.bucket, low, tensors, *(grads[i] for i in wanted))
+            for i, grad in zip(wanted, returned, strict=True):
+                true[i] = grad
+        return None, None, None, *true
+
+
+class Return(Function):
+    """The gradients of lent weights on their way out: cast to the weight's dtype, times 1/S, overflow recorded."""
+
+    @staticmethod
+    def forward(
+        border: Border | None, bucket: Bucket, low: Dtypes, tensors: list[Tensor], *grads: Tensor
+    ) -> tuple[Tensor, ...]:
+        dense = [i for i, grad in enumerate(grads) if grad.layout is torch.strided]
+        true: list[Tensor] = list(grads)
+        if bucket.multi_tensor and dense:
+            fresh = [torch.empty_like(grads[i], dtype=tensors[i].dtype) for i in dense]
+            torch._foreach_copy_(fresh, [grads[i] for i in dense])
+            for i, grad in zip(dense, fresh, strict=True):
+                true[i] = grad
+        else:
+            for i in dense:
+                true[i] = grads[i].to(tensors[i].dtype, copy=True)
+        checked = [true[i] for i in dense]
+        for i, grad in enumerate(grads):
+            if grad.layout is not torch.strided:
+                values = grad._values().to(tensors[i].dtype, copy=True)
+                true[i] = torch.sparse_coo_tensor(
+                    grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
+                )
+                checked.append(values)
+        if border is not None:
+            bucket.record(check_and_scale_(checked, border.total.reciprocal()), tensors, border.scaler.seen)
+        return tuple(true)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.border, ctx.bucket, ctx.low = inputs[:3]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.border is not None:
+            ctx.border.enter_backward()
+        wanted = [i for i, grad in enumerate(grads) if grad is not None]
+        low: list[Tensor | None] = [None] * len(grads)
+        if wanted:
+            dtypes = tuple(ctx.low[i] for i in wanted)
+            lent = Lend.apply(ctx.border, ctx.bucket, dtypes, *(grads[i] for i in wanted))
+            for i, grad in zip(wanted, lent, strict=True):
+                low[i] = grad
+        return None, None, None, None, *low

@@ -1,0 +1,92 @@
+"""A group of parameters that are lent together, and the overflow that backward saw in their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Owner = Any
+"""Whoever steps a parameter: compared by identity."""
+
+
+class Bucket:
+    """The parameters that are lent by one autograd Function, so that their gradients come back together.
+
+    All parameters of a bucket have the same owners (optimizers): one optimizer's overflow never skips another's step.
+
+    Args:
+        owners: who steps these parameters; empty when no patched step does.
+        multi_tensor: cast all weights in one pass (many kernel launches become few) or one by one.
+        device: where the overflow flag lives; None for a model without a loss scale.
+    """
+
+    def __init__(self, owners: tuple[Owner, ...], multi_tensor: bool, device: torch.device | None) -> None:
+        self.owners = owners
+        self.multi_tensor = multi_tensor
+        # 1.0 when backward saw inf or nan. One tensor for the bucket's life: compiled graphs write it in place.
+        self.found = None if device is None else torch.zeros((), device=device)
+        self.pending = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.task = -1
+        self.params: list[Tensor] = []
+        self.versions: list[int] = []
+        self.consumed: set[int] = set()
+
+    def forget(self) -> None:
+        """Nothing is recorded: gradients were zeroed, or every owner has stepped."""
+        if self.pending and self.found is not None:
+            self.found.zero_()
+        self.pending = False
+        self._reset()
+
+    def record(self, flags: list[Tensor], params: list[Tensor], seen: Tensor) -> None:
+        """Keep what backward saw in the gradients of `params`, for the step and, in `seen`, for the scale.
+
+        Gradients that arrive where none are (``p.grad is None``) start afresh: the user dropped the earlier ones. Two
+        arrivals within one backward belong together, since autograd accumulates only after the last.
+        """
+        assert self.found is not None
+        task = torch._C._current_graph_task_id()
+        leaves = [p for p in params if p.is_leaf]
+        if task != self.task and all(p.grad is None for p in leaves):
+            self.forget()
+        self.task = task
+        self.pending = True
+        for flag in flags:
+            here = flag if flag.device == self.found.device else flag.to(self.found.device, non_blocking=True)
+            torch.maximum(self.found, here, out=self.found)
+            torch.maximum(seen, here, out=seen)
+        known = {id(p) for p in self.params}
+        self.params += [p for p in leaves if id(p) not in known]
+        self.watch()
+
+    def watch(self) -> None:
+        """Remember the parameters' versions: a change that no patched step made is an overflow that nobody saw."""
+        self.versions = [p._version for p in self.params]
+
+    def changed(self) -> bool:
+        """A parameter was changed in place since `watch`."""
+        return any(p._version != v for p, v in zip(self.params, self.versions, strict=True))
+
+    def counts_for(self, owner: Owner) -> bool:
+        """The record still concerns `owner`'s next step."""
+        if not self.pending or id(owner) in self.consumed or all(o is not owner for o in self.owners):
+            return False
+        return not self.params or any(p.grad is not None for p in self.params)
+
+    def consume(self, owner: Owner) -> None:
+        """`owner` has stepped or zeroed its gradients; the record goes when every owner has."""
+        self.consumed.add(id(owner))
+        if all(id(o) in self.consumed for o in self.owners):
+            self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no optimizer yet, and no gradients.
+        return {"multi_tensor": self.multi_tensor, "device": None if self.found is None else self.found.device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__((), **state)  # type: ignore[misc]  # restores exactly what __init__ sets

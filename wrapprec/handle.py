@@ -1,0 +1,258 @@
+"""What `wrap` returns: the plan, the scale, saving and resuming, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from wrapprec.errors import NotWrappedError, PolicyError, WrapprecError, WrapprecWarning, message
+from wrapprec.plan import Plan
+from wrapprec.policy import Policy
+from wrapprec.scale import Scaler
+from wrapprec.scope import thread
+from wrapprec.state import Shared
+from wrapprec.step import Stepper
+from wrapprec.undo import UndoStack
+
+
+class Handle:
+    """A wrapped model (or several, with one call) and its optimizers.
+
+    As a context manager it unwraps on exit. Built by `wrapprec.wrap`; found again by `wrapprec.handle_of`.
+    """
+
+    def __init__(self, models: list[Shared], undo: UndoStack) -> None:
+        self._models = models
+        self._undo = undo
+        self._steppers: list[Stepper] = []
+        self._last: Stepper | None = None
+        self._skipped_before = 0
+        for model in models:
+            model.handle = self
+
+    # The plan
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """One plan a model, in the order given to `wrap`."""
+        return tuple(model.plan for model in self._models)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the only model.
+
+        Raises:
+            WrapprecError: there are several models, or none because wrapping was not enabled.
+        """
+        return self._only("plan", self.plans)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is in force; the same for all models of the handle unless `auto` chose by device."""
+        return self._only("plan", self.plans[:1]).policy
+
+    def explain(self) -> str:
+        """The plan as a table: module, class, parameters, dtypes, and which rule decided."""
+        return "\n\n".join(str(plan) for plan in self.plans) or "not enabled: nothing is wrapped"
+
+    __str__ = explain
+
+    # The scale and the skips
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The loss scale of each model; 1.0 where nothing is scaled. Reads the device."""
+        return tuple(1.0 if m.scaler is None else m.backend.read(m.scaler.scale)[0] for m in self._models)
+
+    @property
+    def scale(self) -> float:
+        """The loss scale of the only model; 1.0 where nothing is scaled. Reads the device.
+
+        Raises:
+            WrapprecError: there are several models: see `scales`.
+        """
+        return self._only("scale", self.scales or (1.0,))
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last optimizer step was skipped; reads the device after a fused step."""
+        steppers = [stepper for stepper in self._steppers if stepper.clock]
+        return max(steppers, key=lambda stepper: stepper.clock).was_skipped if steppers else False
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many optimizer steps were skipped, resumed runs included; reads the device after fused steps."""
+        for stepper in self._steppers:
+            stepper.check_patience()
+        return self._skipped_before + sum(stepper.skipped for stepper in self._steppers)
+
+    def _only(self, what: str, values: tuple[Any, ...]) -> Any:
+        if len(values) != 1:
+            raise WrapprecError(
+                message(
+                    f"a handle of one model for .{what}",
+                    f"a handle of {len(values)} models",
+                    remedy=f"use .{what}s, a tuple in the order given to wrap",
+                )
+            )
+        return values[0]
+
+    # Optimizers
+
+    def attach(self, optimizer: Optimizer, scheduler: Any = None) -> None:
+        """Guard an optimizer that was built, or rebuilt, after `wrap`.
+
+        Args:
+            optimizer: its `step` is patched on the instance; attaching it twice does nothing more.
+            scheduler: hold it while steps are skipped; costs one host read a step.
+
+        Raises:
+            TypeError: it is no torch.optim.Optimizer.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                message(
+                    "a torch.optim.Optimizer",
+                    f"{optimizer!r} (of type {type(optimizer).__name__})",
+                    remedy="pass the optimizer object itself, or a sequence of them",
+                )
+            )
+        if not self._models:
+            return
+        self._warn_of_strangers(optimizer)
+        scaled = [model for model in self._models if model.scaler is not None]
+        if not scaled:
+            return
+        stepper = next((s for s in self._steppers if s.guards(optimizer)), None)
+        if stepper is None:
+            stepper = Stepper(optimizer, scaled)
+            stepper.install(self._undo)
+            self._steppers.append(stepper)
+            for model in scaled:
+                model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
+                model.repartition()
+        if scheduler is not None:
+            stepper.hold(scheduler, self._undo)
+
+    def _warn_of_strangers(self, optimizer: Optimizer) -> None:
+        known = {id(p) for model in self._models for p in model.parameters()}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        strange = [p for p in params if id(p) not in known]
+        if strange:
+            text = message(
+                "an optimizer of the wrapped model's parameters",
+                f"{type(optimizer).__name__} with {len(strange)} of {len(params)} parameters that no wrapped model owns,"
+                f" the first of shape {tuple(strange[0].shape)}",
+                remedy="wrap the model that owns them too, or build the optimizer from model.parameters() after the"
+                " model got its final parameters; they are trained as they are",
+            )
+            warnings.warn(text, WrapprecWarning, stacklevel=4)
+
+    # Saving and resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the model's and the optimizer's state.
+
+        Returns:
+            Plain numbers and strings: it loads with ``torch.load(weights_only=True)``.
+        """
+        return {
+            "version": 1,
+            "scales": [None if m.scaler is None else m.scaler.state_dict() for m in self._models],
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume.
+
+        Args:
+            state: from `state_dict`, or from ``torch.amp.GradScaler.state_dict`` for all models alike.
+
+        Raises:
+            PolicyError: the state is neither, or of another number of models.
+        """
+        scales = state.get("scales", [state] * len(self._models))
+        if not state:  # a disabled GradScaler's
+            scales = [None] * len(self._models)
+        if len(scales) != len(self._models):
+            raise PolicyError(
+                message(
+                    f"the state of {len(self._models)} models",
+                    f"a state of {len(scales)}",
+                    remedy="wrap the same models, in the same order, as when it was saved",
+                )
+            )
+        for model, scale in zip(self._models, scales, strict=True):
+            if model.scaler is not None and scale is not None:
+                model.scaler.load_state_dict(scale)
+            model.schedule.restart()
+        self._skipped_before = int(state.get("skipped_steps", 0))
+        for stepper in self._steppers:
+            stepper.skipped = 0
+            stepper.scale_loaded = True
+
+    # Inference
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Cast the weights once, for generation and evaluation: gradients are off inside, as under torch.no_grad.
+
+        Parameters and `state_dict` stay float32; weights that change inside are seen after leaving.
+        """
+        outer = [model.frozen for model in self._models]
+        for model in self._models:
+            model.frozen = {} if model.frozen is None else model.frozen
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for model, before in zip(self._models, outer, strict=True):
+                model.frozen = before
+
+    # The way back
+
+    def reset(self) -> None:
+        """Close whatever scope an interrupt left open on this thread."""
+        while thread.scope is not None and thread.scope.shared in self._models:
+            thread.scope.close()
+
+    def unwrap(self) -> None:
+        """Take everything away again: hooks, patched methods, the scale. A second call does nothing.
+
+        Where somebody wrapped our patched method since (a scheduler), it stays and passes through.
+        """
+        self.reset()
+        for model in self._models:
+            model.handle = None
+        self._undo.undo()
+        self._models = []
+        self._steppers = []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.unwrap()
+
+    def __repr__(self) -> str:
+        return f"Handle({', '.join(str(plan.policy) for plan in self.plans)})"
+
+
+def require_wrapped(model: nn.Module, handle: Handle | None) -> Handle:
+    """The handle, or an error that says that `model` is not wrapped."""
+    if handle is None:
+        raise NotWrappedError(
+            message(
+                "a wrapped model",
+                f"a {type(model).__name__} that is not wrapped",
+                remedy="call wrapprec.wrap(model, optimizer, policy) first",
+            )
+        )
+    return handle

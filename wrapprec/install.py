@@ -1,0 +1,163 @@
+"""Puts a plan into a model: one `Forward` a module, in a transaction, and again when the model has changed."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from wrapprec.backends.select import backend_for
+from wrapprec.dtypes import is_format, name
+from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
+from wrapprec.plan import Placement, Plan, resolve
+from wrapprec.region import Forward, Region
+from wrapprec.scope import check_dtype
+from wrapprec.state import Request, Shared
+from wrapprec.undo import UndoStack
+
+_CAST_BY_AUTOCAST = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""Modules whose weights autocast would cast at every call: what `frozen()` casts once under op casting."""
+
+
+def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[Shared]) -> Shared:
+    """Wrap one model.
+
+    Args:
+        model: the root.
+        request: what the user asked for.
+        undo: takes every change; the caller undoes it when anything raises.
+        siblings: models wrapped by the same call; a module that they share stays theirs.
+
+    Returns:
+        The model's state.
+
+    Raises:
+        AlreadyWrappedError: some module is part of a wrapped model.
+        PolicyError: the policy does not fit the model, or is not supported yet.
+    """
+    _check_unwrapped(model, siblings)
+    plan = _resolve(model, request)
+    device = torch.device(plan.device)
+    shared = Shared(model, request, plan, backend_for(device), device)
+    _place(model, shared, undo)
+    for forward in model.__dict__["forward"].tree():
+        for key, param in forward.module._parameters.items():
+            problem = None if param is None else check_dtype(forward, key, param)
+            if problem is not None and shared.mixed:
+                raise PolicyError(problem)
+    shared.partition(model.__dict__["forward"].tree())
+    for note in plan.notes:
+        warnings.warn(note, WrapprecWarning, stacklevel=4)
+    return shared
+
+
+def refresh(forward: Forward) -> None:
+    """Take up what changed below a module since it was wrapped: its device, new or replaced submodules.
+
+    Raises:
+        PolicyError: the policy does not fit the changed model.
+    """
+    shared = forward.shared
+    root = None if shared.root is None else shared.root()
+    model = forward.module if root is None else root
+    plan = _resolve(model, shared.request)
+    device = torch.device(plan.device)
+    if device != shared.device:
+        shared.device, shared.backend = device, backend_for(device)
+        if shared.scaler is not None:
+            shared.scaler.to(device)
+    shared.plan = plan
+    _place(model, shared, shared.undo)
+    shared.start_scaling()
+    shared.partition(model.__dict__["forward"].tree())
+    shared.schedule.restart()
+
+
+def _resolve(model: nn.Module, request: Request) -> Plan:
+    options: dict[str, Any] = {} if request.loss_scale is None else {"loss_scale": request.loss_scale}
+    plan = resolve(model, request.policy, rules=request.rules, **options)
+    for placement in plan.placements:
+        precision = placement.precision
+        if precision.param_dtype is not torch.float32 or is_format(precision.compute_dtype) or (
+            precision.compute_dtype is torch.float64
+        ):
+            raise PolicyError(
+                message(
+                    "a policy with float32 parameters that computes in float32, bfloat16 or float16",
+                    f"{plan.policy}, which has {name(precision.param_dtype)} parameters and computes in"
+                    f" {name(precision.compute_dtype)}",
+                    where=f"{placement.name!r} ({placement.module_type})",
+                    remedy="wrap applies the policies 32-true, 16-mixed, bf16-mixed, 16-module and bf16-module so far;"
+                    " the others can be planned with resolve",
+                )
+            )
+    return plan
+
+
+def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
+    for fqn, module in model.named_modules():
+        own = module.__dict__.get("forward")
+        if isinstance(own, Forward) and own.shared not in siblings:
+            raise AlreadyWrappedError(
+                message(
+                    "a model of which no part is wrapped",
+                    "a module that is wrapped already",
+                    where=module_label(fqn, module),
+                    remedy="wrap once, or call wrapprec.unwrap(model) before wrapping again",
+                )
+            )
+
+
+def _place(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
+    """Give every module its Forward, or bring the one it has up to date."""
+    regions: dict[Any, Region] = {}
+    placements = {placement.name: placement for placement in shared.plan.placements}
+    for fqn, module in model.named_modules():
+        own = module.__dict__.get("forward")
+        if isinstance(own, Forward) and own.shared is not shared:
+            continue
+        if not isinstance(own, Forward):
+            own = Forward(module, shared, fqn, replaced=own)
+            undo.set_attribute(module, "forward", own)
+        _configure(own, placements[fqn], shared, regions)
+
+
+def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
+    precision = placement.precision
+    keeps, restores = placement.activations == "keep", placement.activations == "restore"
+    key = precision, restores
+    if key not in regions:
+        regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
+    low = precision.compute_dtype if precision.casting is not None else None
+    assert low is None or isinstance(low, torch.dtype)
+    by_autocast = precision.casting == "op" and isinstance(forward.module, _CAST_BY_AUTOCAST)
+    forward.region = None if keeps else regions[key]
+    forward.lend_dtype = low if precision.casting == "module" else None
+    forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
+    forward.output_dtype = None
+    if shared.mixed:
+        output = shared.plan.policy.output_dtype if keeps else precision.output_dtype
+        assert isinstance(output, torch.dtype)
+        forward.output_dtype = output
+    forward.multi_tensor = shared.backend.lending.multi_tensor
+    forward.forget_tree()
+
+
+def adopt(model: nn.Module) -> UndoStack:
+    """The undo stack of a model that was copied or loaded in wrapped state."""
+    undo = UndoStack()
+    forward = model.__dict__["forward"]
+    forward.shared.root = weakref.ref(model)
+    for below in forward.tree():
+        undo.remember(below.module, "forward", below, below.replaced)
+    return undo

@@ -1,0 +1,146 @@
+"""The `_parameters` of a module while threads have lent its weights.
+
+A plain dict with the originals, over which each thread that has a scope open sees its own lent weights. Other threads
+(a checkpoint writer, an EMA, a second forward) see the originals, or their own, without waiting for anybody.
+"""
+
+from __future__ import annotations
+
+import threading
+import copy
+from collections.abc import ItemsView, ValuesView
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+_installing = threading.Lock()
+"""Held while a `Lent` is put in place or taken away, never while user code runs."""
+
+_RNN_ATTRIBUTES = ("_flat_weights", "_flat_weight_refs")
+
+Weights = dict[str, Any]
+
+
+class Lent(dict[str, Any]):
+    """A module's parameters by name: the originals, and per thread the weights lent in their place.
+
+    Args:
+        module: whose `_parameters` this replaces until the last thread is done.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        original = module.__dict__["_parameters"]
+        super().__init__(original)
+        self.original: dict[str, Any] = original
+        self.overlays: dict[int, Weights] = {}
+        # An RNN keeps a list of its weights, and rebuilds it when it finds others in their place.
+        self.flat = {name: module.__dict__[name] for name in _RNN_ATTRIBUTES if name in module.__dict__}
+
+    def base(self) -> dict[str, Any]:
+        """The originals."""
+        return {name: dict.__getitem__(self, name) for name in self}
+
+    def __getitem__(self, name: str) -> Any:
+        overlay = self.overlays.get(get_ident())
+        if overlay is not None and name in overlay:
+            return overlay[name]
+        return dict.__getitem__(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def _seen(self) -> dict[str, Any]:
+        return {name: self[name] for name in self}
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # a view of this thread's weights
+        return self._seen().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # a view of this thread's weights
+        return self._seen().values()
+
+    def copy(self) -> dict[str, Any]:
+        return self._seen()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        overlay = self.overlays.get(get_ident())
+        if overlay is not None and name in overlay and isinstance(value, Tensor):
+            # torch.func.functional_call swaps tensors in and out; a Parameter that stays is kept by `settle`.
+            overlay[name] = value
+            return
+        dict.__setitem__(self, name, value)
+        self.original[name] = value
+        if overlay is not None:
+            overlay.pop(name, None)
+
+    def __delitem__(self, name: str) -> None:
+        dict.__delitem__(self, name)
+        self.original.pop(name, None)
+        for overlay in self.overlays.values():
+            overlay.pop(name, None)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self:
+            return dict.pop(self, name, *default)
+        value = self[name]
+        del self[name]
+        return value
+
+    def update(self, *others: Any, **named: Any) -> None:
+        for name, value in dict(*others, **named).items():
+            self[name] = value
+
+    def settle(self, overlay: Weights) -> None:
+        """Keep a Parameter that forward assigned over a lent weight and did not take away again."""
+        for name, value in overlay.items():
+            if isinstance(value, nn.Parameter):
+                dict.__setitem__(self, name, value)
+                self.original[name] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.base(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.base(), memo)
+
+
+def originals(module: nn.Module) -> dict[str, Any]:
+    """The module's own parameters by name, whatever is lent."""
+    params: dict[str, Any] = module.__dict__["_parameters"]
+    return params.base() if isinstance(params, Lent) else params
+
+
+def lend(module: nn.Module, weights: Weights) -> Weights | None:
+    """Let this thread see `weights` in place of the module's parameters of the same names.
+
+    Args:
+        module: the module.
+        weights: tensors by parameter name.
+
+    Returns:
+        What this thread saw before in their place, for `take_back`.
+    """
+    with _installing:
+        params = module.__dict__["_parameters"]
+        if not isinstance(params, Lent):
+            params = module.__dict__["_parameters"] = Lent(module)
+        before: Weights | None = params.overlays.get(get_ident())
+        params.overlays[get_ident()] = weights
+    return before
+
+
+def take_back(module: nn.Module, weights: Weights, before: Weights | None) -> None:
+    """Undo `lend`; the last thread to do so puts the module's own dict back."""
+    with _installing:
+        params = module.__dict__["_parameters"]
+        if not isinstance(params, Lent):
+            return
+        if before is not None:
+            params.overlays[get_ident()] = before
+            return
+        params.settle(params.overlays.pop(get_ident(), weights))
+        if not params.overlays:
+            module.__dict__.update(params.flat)
+            module.__dict__["_parameters"] = params.original
+
+

@@ -1,0 +1,51 @@
+"""Turns torch's error about dtypes into one that names the module, its placement and the rule that would mend it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from wrapprec.dtypes import name
+from wrapprec.errors import DtypeMismatchError, message, module_label
+
+if TYPE_CHECKING:
+    from wrapprec.region import Forward
+
+_ABOUT_DTYPES = re.compile(
+    r"dtype|scalar type|same type|data type|should be the same|not implemented for '(Half|BFloat16)'|of type (Half|BFloat16)"
+    r"|(Half|BFloat16|Float).*(expected|but (got|found))",
+    re.IGNORECASE,
+)
+
+
+def mismatch(forward: Forward, error: RuntimeError) -> DtypeMismatchError | None:
+    """Explain an error of a module's forward.
+
+    Args:
+        forward: of the innermost module that was running.
+        error: what its operation raised.
+
+    Returns:
+        The error to raise instead, with `error` as its cause; None if dtypes are not the matter, or nothing is low
+        precision in this model, so that it would have been raised unwrapped too.
+    """
+    text = str(error)
+    if not forward.shared.mixed or not _ABOUT_DTYPES.search(text):
+        return None
+    placement = forward.shared.plan.placement_or_none(forward.name)
+    if placement is None:
+        return None
+    precision = placement.precision
+    where = (
+        f"{module_label(forward.name, forward.module)}, which computes in {name(precision.compute_dtype)}"
+        f" (casting {precision.casting or 'none'}; decided by {placement.rule})"
+    )
+    rule = f'Rule("{forward.name}", "float32")' if forward.name else "Rule(type(model), 'float32') or policy '32-true'"
+    return DtypeMismatchError(
+        message(
+            "operations on tensors of one dtype inside a wrapped model",
+            text.splitlines()[0],
+            where=where,
+            remedy=f"add rules=[{rule}], or put the operation under `with wrapprec.float32():`",
+        )
+    )

@@ -1,0 +1,194 @@
+"""What will happen to a model, as data: a plan and its placements, which compare, print and serialise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+from wrapprec import dtypes
+from wrapprec.errors import PolicyError, message, nearest
+from wrapprec.lossscale import LossScale, read_scale, write_scale
+from wrapprec.policy import Policy
+from wrapprec.precision import Precision, read_precision, write_precision
+
+Activations: TypeAlias = Literal["cast", "keep", "restore"]
+_TREATED = {"keep": ("activations kept",), "restore": ("activations restored",)}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a module gets, and why.
+
+    Args:
+        name: its qualified name; the first one where it is shared.
+        module_type: its class name.
+        precision: its dtypes.
+        rule: which rule decided, such as `rule 2: "decoder.*"`, `default: normalisation` or `policy`.
+        reason: the same in words.
+        is_root: whether a region of another precision than its parent's begins here; true for the model itself.
+        activations: `cast` to the precision; `keep`: a norm whose kernel takes what comes; `restore`: a norm that
+            computes in float32 and gives back the surrounding dtype.
+        params: how many elements its own parameters have.
+        notes: what else a reader should know.
+
+    >>> f32 = Precision("f32", "f32", "f32")
+    >>> Placement("fc", "Linear", f32, "policy", "policy 32-true", False).activations
+    'cast'
+    """
+
+    name: str
+    module_type: str
+    precision: Precision
+    rule: str
+    reason: str
+    is_root: bool
+    activations: Activations = "cast"
+    params: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `wrap` will do to a model on a device.
+
+    Args:
+        policy: what was asked for, with all rules.
+        device: the device's name.
+        placements: one a module, in the order of `named_modules`.
+        loss_scale: decided: None is no scaling.
+        reason: why `auto` chose this policy; empty where the user named one.
+        notes: what concerns the whole model.
+
+    >>> print(Plan(Policy.parse(32), "cpu", ()))
+    policy      32-true
+    device      cpu
+    loss scale  none
+    """
+
+    policy: Policy
+    device: str
+    placements: tuple[Placement, ...]
+    loss_scale: LossScale | None = None
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Placement]:
+        return {placement.name: placement for placement in self.placements}
+
+    def placement(self, name: str) -> Placement:
+        """Look a module up.
+
+        Args:
+            name: its qualified name; the empty string is the model itself.
+
+        Returns:
+            Its placement.
+
+        Raises:
+            PolicyError: no module has this name.
+
+        >>> f32 = Precision("f32", "f32", "f32")
+        >>> Plan(Policy.parse(32), "cpu", (Placement("", "Linear", f32, "policy", "", True),)).placement("").rule
+        'policy'
+        """
+        found = self.placement_or_none(name)
+        if found is None:
+            raise PolicyError(
+                message(
+                    "the qualified name of a module in the plan",
+                    repr(name),
+                    remedy=nearest(name, self._by_name) + "print the plan to see every name",
+                )
+            )
+        return found
+
+    def placement_or_none(self, name: str) -> Placement | None:
+        """The placement of the module of this qualified name, if there is one."""
+        return self._by_name.get(name)
+
+    def __str__(self) -> str:
+        scale = write_scale(self.loss_scale)
+        kind = scale.pop("loss_scale")
+        values = {"init_scale": f"{self.loss_scale.init_scale:g}"} if self.loss_scale and kind == "dynamic" else {}
+        settings = ", ".join(f"{key}={value}" for key, value in (values | scale).items())
+        lines = [
+            f"policy      {self.policy}" + (f"  (auto: {self.reason})" if self.reason else ""),
+            f"device      {self.device}",
+            f"loss scale  {kind}" + (f" ({settings})" if settings else ""),
+            *(f"note        {note}" for note in self.notes),
+        ]
+        return "\n".join([*lines, "", *_table(self.placements)] if self.placements else lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn into plain data that JSON can hold; the policy and its rules as text.
+
+        Returns:
+            What `from_dict` takes.
+
+        >>> Plan(Policy.parse(32), "cpu", ()).to_dict()["policy"]
+        '32-true'
+        """
+        placements = []
+        for placement in self.placements:
+            row = {f.name: getattr(placement, f.name) for f in fields(placement)}
+            placements.append(row | {"precision": write_precision(placement.precision), "notes": list(placement.notes)})
+        return {
+            "policy": str(self.policy),
+            "device": self.device,
+            "placements": placements,
+            "loss_scale": write_scale(self.loss_scale),
+            "reason": self.reason,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` gave.
+
+        Args:
+            data: the plain data.
+
+        Returns:
+            An equal plan.
+
+        Raises:
+            PolicyError: the policy cannot be read, for example because a rule selects by a lambda.
+
+        >>> plan = Plan(Policy.parse("16-mixed"), "cpu", (), LossScale())
+        >>> Plan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        placements = tuple(
+            Placement(**{**row, "precision": read_precision(None, row["precision"]), "notes": tuple(row["notes"])})
+            for row in data["placements"]
+        )
+        scale = read_scale(data["loss_scale"], None)
+        return cls(
+            policy=Policy.parse(data["policy"]),
+            device=data["device"],
+            placements=placements,
+            loss_scale=scale if isinstance(scale, LossScale) else None,
+            reason=data["reason"],
+            notes=tuple(data["notes"]),
+        )
+
+
+def _table(placements: tuple[Placement, ...]) -> list[str]:
+    """Lay the placements out in columns as wide as their longest entry; numbers stand right."""
+    rows = [("module", "class", "params", "param", "compute", "output", "decided by")]
+    for p in placements:
+        names = (dtypes.name(d) for d in (p.precision.param_dtype, p.precision.compute_dtype, p.precision.output_dtype))
+        decided = "; ".join([p.rule, *_TREATED.get(p.activations, ()), *p.notes])
+        param, compute, output = names
+        rows.append((p.name or "(model)", p.module_type, f"{p.params:,}", param, compute, output, decided))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[2] = row[2].rjust(widths[2])
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines

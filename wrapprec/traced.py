@@ -1,0 +1,140 @@
+"""A wrapped module's forward as torch.compile traces it: the same semantics, without what dynamo cannot follow.
+
+Locks, audits, version checks and the bookkeeping per backward stay outside compiled graphs; the borders are plain
+Functions of tensors. Double backward through compiled code is not offered by AOTAutograd either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from wrapprec.cast import cast_tree, map_tensors
+from wrapprec.dtypes import MIXABLE
+from wrapprec.scope import thread
+
+if TYPE_CHECKING:
+    from wrapprec.region import Forward
+
+
+class TracedScope:
+    """A scope that is open while dynamo traces."""
+
+    def __init__(self, shared: Any, outer: Any, scale: Tensor | None) -> None:
+        self.shared = shared
+        self.outer = outer
+        self.region: Any = None
+        self.scale = scale
+
+
+class Scale(Function):
+    """Identity; the gradient is multiplied by `factor` (S on leaving, 1/S on entering)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor.to(grad.dtype), None
+
+
+class LendOne(Function):
+    """One weight on its way in; its gradient comes back cast, times 1/S, with overflow recorded in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, scale: Tensor, found: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.found, ctx.seen, ctx.dtype = found, seen, weight.dtype
+        return weight.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        true = grad.to(ctx.dtype) * scale.reciprocal()
+        bad = 1.0 - torch.isfinite(true).all().to(torch.float32)
+        ctx.found.copy_(torch.maximum(ctx.found, bad))
+        ctx.seen.copy_(torch.maximum(ctx.seen, bad))
+        return true, None, None, None, None
+
+
+def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`Forward.__call__` under dynamo."""
+    scope = thread.scope
+    if scope is not None and scope.shared is forward.shared:
+        return _enter(forward, scope, args, kwargs)
+    shared = forward.shared
+    scaler = shared.scaler if torch.is_grad_enabled() else None
+    opened = TracedScope(shared, scope, None if scaler is None else scaler.scale)
+    thread.scope = opened  # type: ignore[assignment]  # the same interface for what runs inside
+    loans: list[tuple[Any, str, Any]] = []
+    try:
+        _lend(forward, scaler, loans)
+        if scaler is not None:
+            inverse = scaler.scale.reciprocal()
+            args, kwargs = map_tensors(lambda t: _crossed(t, inverse), (args, kwargs))
+        out = _enter(forward, opened, args, kwargs)
+        if forward.output_dtype is not None:
+            out = cast_tree(out, forward.output_dtype)
+        if scaler is not None:
+            scaler.touched = True
+            scale = scaler.scale
+            out = map_tensors(lambda t: _crossed(t, scale), out)
+        return out
+    finally:
+        thread.scope = scope
+        for weights, name, before in loans:
+            weights[name] = before
+
+
+def _crossed(tensor: Tensor, factor: Tensor) -> Tensor:
+    if not tensor.requires_grad or tensor.dtype not in MIXABLE:
+        return tensor
+    crossed: Tensor = Scale.apply(tensor, factor)
+    return crossed
+
+
+def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> None:
+    memo: dict[tuple[int, torch.dtype], Tensor] = {}
+    for below in forward.tree():
+        weights = below.module._parameters
+        for name in list(weights):
+            param = weights[name]
+            if param is None:
+                continue
+            dtype = below.lend_dtype if param.dtype in MIXABLE and below.lend_dtype is not None else param.dtype
+            border = scaler is not None and param.requires_grad
+            if dtype == param.dtype and not border:
+                continue
+            key = id(param), dtype
+            if key not in memo:
+                if border:
+                    bucket = below.buckets[name]
+                    bucket.pending = True
+                    memo[key] = LendOne.apply(param, dtype, scaler.scale, bucket.found, scaler.seen)
+                else:
+                    memo[key] = param.to(dtype)
+            loans.append((weights, name, param))
+            weights[name] = memo[key]
+
+
+def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    around = scope.region
+    region = forward.region if forward.region is not None else around
+    crosses = region is not around
+    if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
+        args, kwargs = region.cast_inputs((args, kwargs))
+    if not crosses:
+        return forward.original(*args, **kwargs)
+    scope.region = region
+    try:
+        with region.context():
+            out = forward.original(*args, **kwargs)
+    finally:
+        scope.region = around
+    return out if around is None else region.give_back(out, around)
