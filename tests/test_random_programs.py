@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import event, given, note, settings
+from hypothesis import assume, event, given, note, settings
 from torch import Tensor, nn
 
 import wrapprec
@@ -216,7 +216,7 @@ class Result:
 def run(program: Program, wrapped: bool) -> Result:
     torch.manual_seed(program.seed)
     model = Model(program.tree)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5)
     params = list(model.parameters())
     start = [p.detach().clone() for p in params]
     if wrapped:
@@ -290,11 +290,14 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float, what
     assert error <= tolerance * (size + 0.1), what
 
 
+@pytest.mark.filterwarnings("ignore:Expected every rule to match")  # drawn rules may match nothing
 @settings(max_examples=max(500, settings.default.max_examples))
 @given(programs)
 def test_random_program_follows_float32(program: Program) -> None:
     event(program.policy)
     plain = run(program, wrapped=False)
+    # A loop that diverges overflows float16 at any scale, and amplifies every rounding.
+    assume(all(g is None or g.norm() < 30 for grads in plain.grads for g in grads))
     try:
         mixed = run(program, wrapped=True)
     except wrapprec.DtypeMismatchError:

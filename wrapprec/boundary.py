@@ -21,6 +21,7 @@ that later in-place operations are allowed and those that spoil a saved tensor a
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from wrapprec.dtypes import LOW
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.scale import Scaler
 
 if TYPE_CHECKING:
     from wrapprec.bucket import Bucket
+    from wrapprec.recompute import Extent
 
 _REMEMBERED_BACKWARDS = 64
 
@@ -46,8 +49,9 @@ _backwards: dict[int, weakref.WeakSet[Scaler]] = {}
 
 def _trim(by_task: dict[int, Any]) -> None:
     # A backward that raised never says that it ended, so entries go by age; task ids are not used twice.
-    while len(by_task) > _REMEMBERED_BACKWARDS:
-        del by_task[next(iter(by_task))]
+    if len(by_task) > _REMEMBERED_BACKWARDS:
+        for task in list(by_task)[:-_REMEMBERED_BACKWARDS]:
+            by_task.pop(task, None)  # another thread may have been faster
 
 
 class Border:
@@ -56,23 +60,28 @@ class Border:
     Args:
         scaler: the wrapped model's loss scale; its value now is this border's S.
         outer: the border of the scope in which this one was opened: its S divides the lent weights' gradients too.
+        extent: when the scope was open.
     """
 
-    def __init__(self, scaler: Scaler, outer: Border | None = None) -> None:
+    def __init__(self, scaler: Scaler, outer: Border | None = None, extent: Extent | None = None) -> None:
         self.scaler = scaler
         self.outer = outer
+        self.extent = extent
         self.scale = scaler.scale
         self.total = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
+
+    def again(self, extent: Extent) -> Border:
+        """The same border, for the scope of a recomputation."""
+        border = copy.copy(self)
+        border.extent = extent
+        return border
 
     def enter_backward(self) -> None:
         """Remember that the running backward has come inside through this border."""
         task = torch._C._current_graph_task_id()
         self.scaler.begin(task, _backwards.setdefault(task, weakref.WeakSet()))
-        borders = self.scaler.borders
-        known = borders.setdefault(task, self)
-        if known.scale is not self.scale:
-            borders[task] = known.blurred()
-        _trim(borders)
+        self.scaler.borders.setdefault(task, {})[id(self)] = self
+        _trim(self.scaler.borders)
         _trim(_backwards)
 
     def leave_backward(self, what: str) -> None:
@@ -92,15 +101,21 @@ class Border:
                 )
             )
 
-    def blurred(self) -> Border:
-        """A border that says that one backward ran through several values of the scale."""
-        blurred = Border(self.scaler)
-        blurred.scale = blurred.total = torch.full_like(self.scale, float("nan"))
-        return blurred
+    def same_factor(self, other: Border | None) -> bool:
+        """Gradients inside both are multiplied by the same number."""
+        if other is None or other.scale is not self.scale:
+            return False
+        if self.outer is None or other.outer is None:
+            return self.outer is other.outer
+        return self.outer.same_factor(other.outer)
 
 
 def _scalar(number: Tensor, like: Tensor) -> Tensor:
     return number if number.device == like.device else number.to(like.device, non_blocking=True)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
@@ -118,7 +133,7 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
         groups.setdefault((grad.device, grad.dtype), []).append(grad)
     flags = []
     for (device, _), group in groups.items():
-        flag = torch.zeros((), device=device)
+        flag = torch.zeros((), dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(group, flag, _scalar(factor, group[0]))
         flags.append(flag)
     return flags
@@ -149,8 +164,8 @@ class ScaleDown(Function):
     @staticmethod
     def forward(grad: Tensor, border: Border) -> Tensor:
         # The product is taken in float32, where 1/S and an overflow can be told apart.
-        true = grad.to(torch.float32, copy=True) if grad.dtype != torch.float64 else grad.clone()
-        for flag in check_and_scale_([true], border.scale.reciprocal()):
+        true = grad.to(torch.float32, copy=True) if grad.dtype in LOW else grad.clone()
+        for flag in check_and_scale_([_real(true)], border.scale.reciprocal()):
             seen = border.scaler.seen
             torch.maximum(seen, _scalar(flag, seen), out=seen)
         return true.to(grad.dtype)
@@ -271,14 +286,14 @@ class Return(Function):
         else:
             for i in dense:
                 true[i] = grads[i].to(tensors[i].dtype, copy=True)
-        checked = [true[i] for i in dense]
+        checked = [_real(true[i]) for i in dense]
         for i, grad in enumerate(grads):
             if grad.layout is not torch.strided:
                 values = grad._values().to(tensors[i].dtype, copy=True)
                 true[i] = torch.sparse_coo_tensor(
                     grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
                 )
-                checked.append(values)
+                checked.append(_real(values))
         if border is not None:
             bucket.record(check_and_scale_(checked, border.total.reciprocal()), tensors, border.scaler.seen)
         return tuple(true)

@@ -52,7 +52,9 @@ class Bucket:
         assert self.found is not None
         task = torch._C._current_graph_task_id()
         leaves = [p for p in params if p.is_leaf]
-        if task != self.task and all(p.grad is None for p in leaves):
+        # All that the bucket knows of: a second loss may reach other parameters of it than the first did.
+        concerned = self.params + leaves
+        if task != self.task and concerned and all(p.grad is None for p in concerned):
             self.forget()
         self.task = task
         self.pending = True
@@ -61,22 +63,33 @@ class Bucket:
             torch.maximum(self.found, here, out=self.found)
             torch.maximum(seen, here, out=seen)
         known = {id(p) for p in self.params}
-        self.params += [p for p in leaves if id(p) not in known]
-        self.watch()
+        fresh = [p for p in leaves if id(p) not in known]
+        self.params += fresh
+        self.versions += [p._version for p in fresh]
 
-    def watch(self) -> None:
-        """Remember the parameters' versions: a change that no patched step made is an overflow that nobody saw."""
-        self.versions = [p._version for p in self.params]
+    def watch(self, ids: set[int]) -> None:
+        """A patched step has changed the parameters known by `ids`: remember their versions anew.
+
+        A change that no patched step made would be an overflow that nobody saw.
+        """
+        for i, param in enumerate(self.params):
+            if id(param) in ids:
+                self.versions[i] = param._version
 
     def changed(self) -> bool:
-        """A parameter was changed in place since `watch`."""
+        """A parameter was changed in place, and not by a patched step, since its gradient came."""
         return any(p._version != v for p, v in zip(self.params, self.versions, strict=True))
+
+    @property
+    def dropped(self) -> bool:
+        """All gradients that the record is about are gone: ``p.grad`` is None."""
+        return bool(self.params) and all(p.grad is None for p in self.params)
 
     def counts_for(self, owner: Owner) -> bool:
         """The record still concerns `owner`'s next step."""
         if not self.pending or id(owner) in self.consumed or all(o is not owner for o in self.owners):
             return False
-        return not self.params or any(p.grad is not None for p in self.params)
+        return not self.dropped
 
     def consume(self, owner: Owner) -> None:
         """`owner` has stepped or zeroed its gradients; the record goes when every owner has."""

@@ -14,47 +14,73 @@ from wrapprec.lent import originals
 if TYPE_CHECKING:
     from wrapprec.region import Forward
 
+_HOPELESS = (
+    "a lower loss scale cannot help, forward itself is not finite: look at the data and the learning rate, or keep this"
+    " module in float32 with a Rule"
+)
+
 
 class Diagnosis:
     """What one forward and its backward showed; it reads tensors on the host, so it is on only before an error."""
 
     def __init__(self) -> None:
         self.forward_finding: str | None = None
+        self.loss_finding: str | None = None
         self.backward_finding: str | None = None
+        self._depth = 0
+        # A forward has run under it.
+        self.complete = False
 
     def call(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Run a module's original forward and look at its parameters, inputs, outputs and their gradients."""
         label = module_label(forward.name, forward.module)
         for name, param in originals(forward.module).items():
-            if param is not None and self.forward_finding is None and not _finite(param):
-                self.forward_finding = f"parameter {name!r} of module {label} holds inf or nan"
-        if self.forward_finding is None and not all(_finite(t) for t in tensors_in((args, kwargs))):
-            self.forward_finding = f"an input of module {label} holds inf or nan"
-        out = forward.original(*args, **kwargs)
+            if param is not None and not _finite(param):
+                self._note(f"parameter {name!r} of module {label} holds inf or nan")
+        if not all(_finite(t) for t in tensors_in((args, kwargs))):
+            self._note(f"an input of module {label} holds inf or nan")
+        self._depth += 1
+        try:
+            out = forward.original(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        opens = self._depth == 0
+        self.complete |= opens
         for tensor in tensors_in(out):
-            if self.forward_finding is None and not _finite(tensor):
-                self.forward_finding = f"module {label} returned inf or nan from finite inputs, in {tensor.dtype}"
+            if not _finite(tensor):
+                self._note(f"module {label} returned inf or nan from finite inputs, in {tensor.dtype}")
             if tensor.requires_grad:
-                tensor.register_hook(lambda grad, where=f"the output of module {label}": self._see(grad, where))
+                tensor.register_hook(lambda grad: self._see(grad, f"the output of module {label}", opens))
         return out
 
     def watch_weight(self, forward_name: str, key: str, weight: Tensor) -> None:
         """Look at the gradient of a lent weight, in the dtype it is computed in."""
         if weight.requires_grad:
             qualified = f"{forward_name}.{key}" if forward_name else key
-            weight.register_hook(lambda grad: self._see(grad, f"parameter {qualified!r}"))
+            weight.register_hook(lambda grad: self._see(grad, f"parameter {qualified!r}", False))
 
-    def _see(self, grad: Tensor, where: str) -> None:
-        if self.backward_finding is None and not _finite(grad):
+    def _note(self, finding: str) -> None:
+        self.forward_finding = self.forward_finding or finding
+
+    def _see(self, grad: Tensor, where: str, opens: bool) -> None:
+        if self.backward_finding is not None or self.loss_finding is not None or _finite(grad):
+            return
+        # What comes in from the loss was only multiplied by the scale: that makes no nan, and an inf only where the
+        # product is rounded to float16.
+        if opens and (grad.dtype is not torch.float16 or bool(grad.isnan().any())):
+            self.loss_finding = f"the gradient that the loss sends into {where} holds inf or nan already"
+        else:
             self.backward_finding = f"the gradient of {where} holds inf or nan, in {grad.dtype}"
 
     def finding(self) -> tuple[str, str]:
         """What was found, and the remedy."""
         if self.forward_finding is not None:
+            return self.forward_finding, _HOPELESS
+        if self.loss_finding is not None:
             return (
-                self.forward_finding,
-                "a lower loss scale cannot help, forward itself is not finite: look at the data, the learning rate, or"
-                " keep this module in float32 with a Rule",
+                f"forward is finite, but {self.loss_finding}",
+                "a lower loss scale cannot help, the loss or its gradient is not finite: look at how it is computed"
+                " (log, sqrt or division at 0) and at its targets",
             )
         if self.backward_finding is not None:
             return (
@@ -69,7 +95,7 @@ class Diagnosis:
 
 def _finite(tensor: Tensor) -> bool:
     values = tensor.detach()
-    if not values.is_floating_point() and not values.is_complex():
+    if values.is_quantized or not (values.is_floating_point() or values.is_complex()):
         return True
-    values = values._values() if values.is_sparse else values
+    values = values.coalesce().values() if values.layout is torch.sparse_coo else values
     return bool(torch.isfinite(values).all())

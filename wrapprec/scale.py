@@ -1,6 +1,6 @@
 """The loss scale as device state, and the rule that updates it.
 
-Nothing here reads a tensor on the host: the update is arithmetic on the device, and every update makes new tensors,
+The update reads nothing on the host: it is arithmetic on the device, and every update makes a new tensor of the scale,
 so a border that captured the scale in forward keeps the value it was built with.
 """
 
@@ -17,42 +17,62 @@ from wrapprec.errors import PolicyError, message
 from wrapprec.policy import LossScale
 
 
+_LARGEST = 2.0**126
+"""Of which the reciprocal is still a normal float32."""
+
+
 class Scaler:
     """The loss scale of one wrapped model.
 
-    `update` is GradScaler's rule (Micikevicius et al. 2018, section 3.2) with a lower bound and hysteresis: after an
-    overflow ``scale = max(scale * backoff_factor, min_scale)``; after `growth_interval` good steps in a row
+    `update` is GradScaler's rule (Micikevicius et al. 2018, section 3.2) with bounds, and Apex's hysteresis: at the
+    `hysteresis`-th overflow in a row, and at every one that follows it,
+    ``scale = max(scale * backoff_factor, min_scale)``; after `growth_interval` good steps in a row
     ``scale = min(scale * growth_factor, max_scale)``.
     """
 
     def __init__(self, config: LossScale, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.scale = torch.full((), config.init_scale, dtype=torch.float32, device=device)
+        self.scale = torch.full((), min(config.init_scale, _LARGEST), dtype=torch.float32, device=device)
         self.growth_tracker = torch.zeros((), device=device)
         self.hysteresis = torch.full((), float(config.hysteresis), device=device)
         # Overflows in a row at the lowest scale: what `NonFiniteError` counts.
         self.consecutive = torch.zeros((), device=device)
-        # Overflow seen in backward since the last update; written in place, by compiled graphs too.
+        # Overflow seen in backward and not counted yet. One tensor for good: compiled graphs write it in place.
         self.seen = torch.zeros((), device=device)
+        # 1.0 when an overflow of the running or latest backward has been counted: it is counted once.
+        self.counted = torch.zeros((), device=device)
         # The border through which each running backward came inside, by graph task: what a recomputation must use.
         self.borders: dict[int, Any] = {}
         # A backward came since the last update; the scale changes at most once between two backwards.
-        self.touched = True
-        # 1.0 when another model's step lowered this scale since this model's last backward.
-        self.lowered = torch.zeros((), device=device)
+        self.touched = False
+        # It said so by `begin`; backwards of compiled graphs do not.
+        self.begun = False
+        # A patched step has judged the latest backward, this model's own or another's that it was part of.
+        self.judged = False
         self.task = -1
-        # The models that took part in the last backward with this one.
+        # The models that took part in backwards with this one since the last update.
         self.peers: weakref.WeakSet[Scaler] = weakref.WeakSet()
+
+    @property
+    def answered(self) -> bool:
+        """A patched step, of this model or of one behind which it ran, has judged the latest backward."""
+        return self.judged and (self.begun or not self.touched)
 
     def begin(self, task: int, peers: weakref.WeakSet[Scaler]) -> None:
         """A backward, known by its graph task, has come inside; `peers` are all models it came through so far."""
-        self.touched = True
         if task != self.task:
             self.task = task
-            self.lowered = torch.zeros_like(self.lowered)
+            # What an earlier backward saw after its overflow had been counted (a step taken inside backward) is the
+            # same overflow.
+            self.seen.mul_(1.0 - self.counted)
+            self.counted = torch.zeros_like(self.counted)
+            self.touched = self.begun = True
+            self.judged = False
+        for peer in peers:
+            peer.peers.add(self)
+            self.peers.add(peer)
         peers.add(self)
-        self.peers = peers
 
     def update(self, found: Tensor, skipped: Tensor) -> None:
         """Back off if `found`, else count a good step; both are 0.0 or 1.0, float32, shape () on the device.
@@ -61,53 +81,59 @@ class Scaler:
             found: this model saw inf or nan since its last update.
             skipped: the step did not happen; a step skipped for another model's sake counts for nothing.
         """
+        if not self.begun:
+            self.counted = torch.zeros_like(self.counted)
+        self._count(found, skipped)
+        self.touched = self.begun = False
+        self.peers = weakref.WeakSet()
+
+    def _count(self, found: Tensor, skipped: Tensor) -> None:
         config = self.config
-        self.touched = False
-        overflow = torch.maximum(torch.maximum(found.to(self.device), self.seen), self.lowered) > 0
-        done = self.lowered > 0
+        overflow = torch.maximum(found.to(self.device), self.seen) > 0
+        fresh = overflow & (self.counted == 0)
+        good = ~overflow & (self.counted == 0) & (skipped.to(self.device) == 0)
         self.seen.zero_()
-        self.lowered = torch.zeros_like(self.lowered)
+        self.counted = torch.where(overflow, 1.0, self.counted)
+        self.judged = True
         lowest = torch.ones_like(overflow) if not config.dynamic else self.scale <= config.min_scale
-        self.consecutive = torch.where(overflow & lowest, self.consecutive + 1, torch.where(overflow, self.consecutive, 0.0))
+        self.consecutive = torch.where(fresh & lowest, self.consecutive + 1, torch.where(good, 0.0, self.consecutive))
         if not config.dynamic:
             return
-        good = ~overflow & (skipped.to(self.device) == 0)
         tracker = torch.where(overflow, 0.0, self.growth_tracker + good)
-        hysteresis = torch.where(overflow, self.hysteresis - 1, self.hysteresis)
-        back_off = overflow & (hysteresis <= 0) & ~done
+        hysteresis = torch.where(fresh, (self.hysteresis - 1).clamp(min=0), self.hysteresis)
         grow = good & (tracker >= config.growth_interval)
         lowered = (self.scale * config.backoff_factor).clamp(min=config.min_scale)
-        raised = (self.scale * config.growth_factor).clamp(max=config.max_scale)
-        self.scale = torch.where(back_off, lowered, torch.where(grow, raised, self.scale))
+        raised = (self.scale * config.growth_factor).clamp(max=min(config.max_scale, _LARGEST))
+        self.scale = torch.where(fresh & (hysteresis <= 0), lowered, torch.where(grow, raised, self.scale))
         self.growth_tracker = torch.where(grow, 0.0, tracker)
-        self.hysteresis = torch.where(back_off | grow, float(config.hysteresis), hysteresis)
+        self.hysteresis = torch.where(good, float(config.hysteresis), hysteresis)
 
     def lower(self) -> None:
         """Back off for an overflow seen in backward although another model's optimizer steps; counts no step."""
         if self.touched:
-            lowered = torch.maximum(self.lowered, self.seen)
-            self.update(self.seen, torch.ones_like(self.seen))
-            self.lowered = lowered
-            self.touched = True
+            if not self.begun:
+                self.begun, self.counted = True, torch.zeros_like(self.counted)
+            self._count(self.seen, torch.ones_like(self.seen))
 
     def settle(self) -> None:
         """Count a backward where no optimizer will ever step: back off for its overflow, or count it as good."""
         if self.touched:
-            self.update(self.seen, self.seen.clone())
+            self.update(self.seen, torch.zeros_like(self.seen))
 
     def owe(self, found: Tensor) -> None:
         """Remember an overflow that was found after this backward's update: it is due at the next."""
-        self.seen = torch.maximum(self.seen, found.to(self.device))
+        torch.maximum(self.seen, found.to(self.device), out=self.seen)
 
     def to(self, device: torch.device) -> None:
         """Move the state to `device`; called when the model moved."""
         self.device = device
-        for name in ("scale", "growth_tracker", "hysteresis", "consecutive", "seen", "lowered"):
+        for name in ("scale", "growth_tracker", "hysteresis", "consecutive", "seen", "counted"):
             setattr(self, name, getattr(self, name).to(device))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, loadable with ``torch.load(weights_only=True)``."""
-        numbers = torch.stack([self.scale, self.growth_tracker, self.hysteresis, self.consecutive, self.seen]).tolist()
+        due = self.seen * (1.0 - self.counted)
+        numbers = torch.stack([self.scale, self.growth_tracker, self.hysteresis, self.consecutive, due]).tolist()
         scale, tracker, hysteresis, consecutive, seen = numbers
         return {
             "scale": scale,
@@ -132,24 +158,41 @@ class Scaler:
                     remedy="save handle.state_dict() next to the model's and the optimizer's state",
                 )
             )
+        try:
+            self._resume(state)
+        except (TypeError, ValueError) as error:  # a PolicyError is a ValueError
+            raise PolicyError(
+                message(
+                    "the state of a loss scale, from handle.state_dict() or torch.amp.GradScaler.state_dict()",
+                    f"{state!r}: {error}",
+                    remedy="resume from a checkpoint that is whole",
+                )
+            ) from error
+
+    def _resume(self, state: dict[str, Any]) -> None:
         if "_growth_tracker" in state:
             names = ("growth_factor", "backoff_factor", "growth_interval")
             changes = {name: state[name] for name in names if name in state}
         else:
-            changes = dict(state["config"])
+            known = {field.name for field in dataclasses.fields(LossScale)}
+            changes = {name: value for name, value in state.get("config", {}).items() if name in known}
         # A checkpoint's scale may lie outside today's bounds: the bounds give way, the run goes on as it was.
-        bounds = {"min_scale": min(self.config.min_scale, state["scale"]), "max_scale": max(self.config.max_scale, state["scale"])}
-        self.config = dataclasses.replace(self.config, **{**bounds, "init_scale": state["scale"], **changes})
+        low = min(changes.get("min_scale", self.config.min_scale), state["scale"])
+        high = max(changes.get("max_scale", self.config.max_scale), state["scale"])
+        changes = {"init_scale": state["scale"], **changes, "min_scale": low, "max_scale": high}
+        config = dataclasses.replace(self.config, **changes)
         numbers = {
-            "scale": state["scale"],
-            "growth_tracker": state.get("growth_tracker", state.get("_growth_tracker", 0)),
-            "hysteresis": state.get("hysteresis", self.config.hysteresis),
-            "consecutive": state.get("consecutive", 0),
-            "seen": state.get("seen", False),
+            "scale": float(state["scale"]),
+            "growth_tracker": float(state.get("growth_tracker", state.get("_growth_tracker", 0))),
+            "hysteresis": float(state.get("hysteresis", config.hysteresis)),
+            "consecutive": float(state.get("consecutive", 0)),
+            "seen": float(state.get("seen", False)),
+            "counted": 0.0,
         }
+        self.config = config
         for name, number in numbers.items():
-            setattr(self, name, torch.full((), float(number), device=self.device))
-        self.touched = bool(numbers["seen"])
+            setattr(self, name, torch.full((), number, device=self.device))
+        self.touched = self.begun = self.judged = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "borders": {}, "peers": None}

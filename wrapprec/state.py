@@ -19,7 +19,7 @@ from wrapprec.plan import Plan
 from wrapprec.scale import Scaler
 
 if TYPE_CHECKING:
-    from .backends.base import Backend
+    from wrapprec.backends.base import Backend
     from wrapprec.region import Forward
 
 
@@ -51,8 +51,11 @@ class Shared:
         self.buckets: list[Bucket] = []
         # Those of the partition before, which a graph may still hold, and older ones that recorded something.
         self.retired: list[Bucket] = []
+        # The ids of the parameters that the buckets hold.
+        self.ids: set[int] = set()
         self.schedule = Schedule()
         self.diagnosis: Diagnosis | None = None
+        self.be_patient()
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
         self.frozen: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
         self.warned: set[str] = set()
@@ -63,6 +66,13 @@ class Shared:
     def mixed(self) -> bool:
         """Some module computes in low precision."""
         return any(p.precision.casting is not None for p in self.plan.placements)
+
+    def be_patient(self) -> None:
+        """Stop looking for where inf or nan comes from, unless the first skip at the lowest scale is one too many."""
+        config = None if self.scaler is None else self.scaler.config
+        at_lowest = config is not None and (not config.dynamic or config.init_scale <= config.min_scale)
+        one = config is not None and config.max_consecutive_skips == 1
+        self.diagnosis = Diagnosis() if one and at_lowest else None
 
     def start_scaling(self) -> None:
         """Make the loss scale, if the plan wants one and there is none yet."""
@@ -75,9 +85,9 @@ class Shared:
         for module in () if root is None else root.modules():
             yield from (param for param in originals(module).values() if param is not None)
 
-    def owns_any(self, ids: set[int]) -> bool:
-        """Whether one of the parameters known by `ids` is the model's."""
-        return any(id(param) in ids for param in self.parameters())
+    def trained_by(self, owner: Any) -> bool:
+        """Whether `owner` steps one of the model's parameters."""
+        return any(other is owner for bucket in self.buckets for other in bucket.owners)
 
     def repartition(self) -> None:
         """Make the buckets anew, because who steps a parameter has changed."""
@@ -93,6 +103,7 @@ class Shared:
         open_buckets: dict[tuple[int, ...], tuple[Bucket, int]] = {}
         self.retired = [bucket for bucket in self.retired if bucket.pending] + self.buckets
         self.buckets = []
+        self.ids = set()
         for forward in tree:
             forward.buckets = {}
             if lending.bucket_elements == 0:
@@ -100,6 +111,7 @@ class Shared:
             for name, param in originals(forward.module).items():
                 if param is None:
                     continue
+                self.ids.add(id(param))
                 owners = tuple(owner for owner, ids in owned if id(param) in ids)
                 key = tuple(id(owner) for owner in owners)
                 bucket, size = open_buckets.get(key, (None, 0))
@@ -110,8 +122,22 @@ class Shared:
                 open_buckets[key] = bucket, size + _elements(param)
 
     def pending(self) -> list[Bucket]:
-        """The buckets whose gradients came back since they were last stepped or zeroed."""
-        return [bucket for bucket in (*self.buckets, *self.retired) if bucket.pending]
+        """The buckets whose gradients came back since they were last stepped or zeroed.
+
+        What nobody steps is no matter any more, as long as the weights stay as they were, once the gradients were
+        dropped or a patched step has answered for the backward (a backbone that only a head is trained on).
+        """
+        answered = self.scaler is not None and self.scaler.answered
+        found = []
+        for bucket in (*self.buckets, *self.retired):
+            if bucket.pending:
+                owned = any(owner.alive for owner in bucket.owners)
+                if not owned and (answered or bucket.dropped) and not bucket.changed():
+                    if bucket.dropped:
+                        bucket.forget()
+                    continue
+                found.append(bucket)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owners": [], "buckets": [], "retired": [], **dict.fromkeys(_NOT_COPIED)}

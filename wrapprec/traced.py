@@ -130,11 +130,18 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
     if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
         args, kwargs = region.cast_inputs((args, kwargs))
     if not crosses:
-        return forward.original(*args, **kwargs)
+        return _run(forward, args, kwargs)
     scope.region = region
     try:
         with region.context():
-            out = forward.original(*args, **kwargs)
+            out = _run(forward, args, kwargs)
     finally:
         scope.region = around
     return out if around is None else region.give_back(out, around)
+
+
+def _run(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Spelled out: dynamo of torch 2.9 does not follow a bound method made by hand.
+    if forward.replaced is None:
+        return type(forward.module).forward(forward.module, *args, **kwargs)
+    return forward.replaced(*args, **kwargs)

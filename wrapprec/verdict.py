@@ -35,15 +35,17 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
         1.0 to skip, else 0.0: float32, shape (), on the first model's device. Nothing was read on the host.
     """
     device = scalers(models)[0].device
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    at_step = non_finite(grads, device)
+    parts = _by_model(optimizer, models)
+    at_step = [non_finite(grads, device) for grads in parts]
     records = []
     for model in models:
         flags = [b.found.to(device) for b in model.buckets if b.counts_for(owner) and b.found is not None]
-        records.append(torch.stack(flags).amax() if flags else torch.zeros_like(at_step))
-    skip = torch.stack([at_step, *records]).amax()
-    for scaler, recorded in zip(scalers(models), records, strict=True):
-        _update(scaler, torch.maximum(recorded, at_step), recorded, skip)
+        records.append(torch.stack(flags).amax() if flags else torch.zeros((), device=device))
+    skip = torch.stack([*at_step, *records]).amax()
+    # What is nobody's (the last part) tells of no model in particular.
+    strange = at_step.pop() if len(parts) > len(models) else torch.zeros((), device=device)
+    for scaler, recorded, now in zip(scalers(models), records, at_step, strict=True):
+        _update(scaler, torch.stack([recorded, now, strange]).amax(), recorded, skip)
     for model in models:
         for bucket in model.pending():
             if owner in bucket.owners:
@@ -51,23 +53,41 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
     return skip
 
 
+def _by_model(optimizer: Optimizer, models: list[Shared]) -> list[list[Tensor]]:
+    """The gradients of each model, and, if there is more than one, those of no model."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if len(models) == 1:
+        return [[p.grad for p in params]]
+    parts: list[list[Tensor]] = [[] for _ in range(len(models) + 1)]
+    for param in params:
+        mine = [part for part, model in zip(parts, models, strict=False) if id(param) in model.ids]
+        for part in mine or parts[-1:]:
+            part.append(param.grad)
+    return parts
+
+
 def _update(scaler: Scaler, found: Tensor, recorded: Tensor, skip: Tensor) -> None:
     if not scaler.touched:
         # Backward's own overflow was counted by the first update since; only what came later is still due.
         scaler.owe((found - recorded).clamp(min=0))
         return
-    for peer in list(scaler.peers):
+    for peer in scaler.peers:
         if peer is not scaler:
             peer.lower()
     scaler.update(found, skip)
 
 
-def judge_patience(models: list[Shared], consecutive: list[float]) -> bool:
+def counts(models: list[Shared]) -> list[Tensor]:
+    """What `judge_patience` wants to know, to be read together with whatever else is read."""
+    return [number for scaler in scalers(models) for number in (scaler.consecutive, scaler.scale)]
+
+
+def judge_patience(models: list[Shared], numbers: list[float]) -> bool:
     """Raise when skipping has become pointless.
 
     Args:
         models: those with a loss scale.
-        consecutive: how many overflows in a row each has had at its lowest scale.
+        numbers: the values of `counts`: overflows in a row at the lowest scale, and the scale.
 
     Returns:
         True when the next overflow will be one too many: then every step must be looked at on the host.
@@ -76,16 +96,17 @@ def judge_patience(models: list[Shared], consecutive: list[float]) -> bool:
         NonFiniteError: naming the first module and tensor that went non-finite.
     """
     close = False
-    for model, count in zip(models, consecutive, strict=True):
+    for model, count, scale in zip(models, numbers[::2], numbers[1::2], strict=True):
         assert model.scaler is not None
-        most = model.scaler.config.max_consecutive_skips
-        if count >= most and model.diagnosis is not None:
+        config = model.scaler.config
+        if count >= config.max_consecutive_skips and model.diagnosis is not None and model.diagnosis.complete:
             finding, remedy = model.diagnosis.finding()
-            model.diagnosis = None
-            received = f"{int(count)} skipped steps in a row at the lowest loss scale; {finding}"
+            model.diagnosis = Diagnosis()
+            received = f"{int(count)} skipped steps in a row at the lowest loss scale, {scale}; {finding}"
             raise NonFiniteError(message("finite gradients", received, remedy=remedy))
-        near = count >= most - 1
-        model.diagnosis = Diagnosis() if near else None
+        near = count >= config.max_consecutive_skips - 1 and (not config.dynamic or scale <= config.min_scale)
+        if not near or model.diagnosis is None or model.diagnosis.complete:
+            model.diagnosis = Diagnosis() if near else None
         close |= near
     return close
 
