@@ -21,9 +21,9 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist",
     "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
-    "state": "lent bucket scale boundary audit diagnose state",
-    "effects": "scope island traced mismatch region",
-    "step": "closure verdict step",
+    "state": "lent bucket scale border boundary audit diagnose state",
+    "effects": "writes escape checks recompute scope island traced mismatch region",
+    "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",
     "package": "__init__",
 }
@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, str] = {
     "choice": "leaves values wants",
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
-    "step": "leaves state",
+    "step": "leaves choice state",
     "wrap": "leaves values wants choice state effects step",
     "package": "leaves wants choice effects wrap",
 }
@@ -116,6 +116,15 @@ def test_table_names_no_layer_that_nothing_needs() -> None:
     used = {(LAYER_OF[a], LAYER_OF[b]) for a, b in _edges() if LAYER_OF[a] != LAYER_OF[b]}
     written = {(layer, below) for layer, names in MAY_IMPORT.items() for below in names.split()}
     assert written <= used, f"strike from MAY_IMPORT: {sorted(written - used)}"
+
+
+def test_contributing_shows_the_same_layers() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\w+) \| (`.*?`) \|", text, re.MULTILINE)
+    shown = {layer: re.findall(r"`(\w+)`", modules) for layer, modules in rows}
+    for layer, modules in LAYERS.items():
+        names = [module for module in modules.split() if "." not in module]
+        assert layer == "package" or shown[layer] == names
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from wrapprec.boundary import Border, Enter, Leave, Lend, Return, ScaleDown, ScaleUp
+from wrapprec.border import Border
+from wrapprec.boundary import Enter, Leave, Lend, Return, ScaleDown, ScaleUp
 from wrapprec.errors import ScaleLeakError, message, module_label
 from wrapprec.lent import originals
+from wrapprec.scale import Scaler
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 _FIRST = 3
 _EVERY = 1000
 
-_GOES_IN = tuple(f._backward_cls for f in (Leave, ScaleDown, Return))  # type: ignore[attr-defined]
-_GOES_OUT = tuple(f._backward_cls for f in (Enter, Lend, ScaleUp))  # type: ignore[attr-defined]
+_GOES_IN: tuple[Any, ...] = tuple(vars(f)["_backward_cls"] for f in (Leave, ScaleDown, Return))
+_GOES_OUT: tuple[Any, ...] = tuple(vars(f)["_backward_cls"] for f in (Enter, Lend, ScaleUp))
 
 
 class Schedule:
@@ -42,6 +43,11 @@ class Schedule:
         self.known: set[Any] = set()
 
     def is_due(self, signature: Any) -> bool:
+        """Count a forward, and say whether the next backward is audited.
+
+        Args:
+            signature: the module that was called, its mode and the structure of what it returned.
+        """
         self.forwards += 1
         if signature not in self.known:
             self.known.add(signature)
@@ -50,21 +56,41 @@ class Schedule:
             self.left = max(self.left, 1)
         return self.left > 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts anew; the known structures hold classes that need not be picklable.
+        return {}
 
-_due: weakref.WeakKeyDictionary[Schedule, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-"""Wrapped models whose next backward is audited; torch's entry points are replaced only while it is not empty."""
-
-_real = {name: getattr(torch.autograd, name) for name in ("backward", "grad")}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.restart()
 
 
-def prepare(schedule: Schedule, forward: Forward, out: Any) -> None:
+_due: dict[int, tuple[weakref.ref[Schedule], weakref.ref[Scaler], weakref.ref[Any]]] = {}
+"""Wrapped models whose next backward is audited; torch's entry point is replaced only while there are some."""
+
+# What `Tensor.backward`, `torch.autograd.backward` and `torch.autograd.grad` call, under whatever name a program has
+# imported those; the same in torch 2.9 to 2.13.
+_NAME = "_engine_run_backward"
+_real = getattr(torch.autograd, _NAME)
+
+
+def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any) -> None:
     """Arm an audit of the next backward if one is due, given what a forward returned."""
     if not schedule.is_due((forward.name, forward.module.training, _shape(out))):
         return
-    _due[schedule] = weakref.ref(forward.module)
-    for name, real in _real.items():
-        if getattr(torch.autograd, name) is real:
-            setattr(torch.autograd, name, _audited(name, real))
+    gone = functools.partial(_dismiss, id(schedule))
+    _due[id(schedule)] = weakref.ref(schedule, gone), weakref.ref(scaler), weakref.ref(forward.module)
+    setattr(torch.autograd, _NAME, _audited)
+
+
+def dismiss(schedule: Schedule) -> None:
+    """The model is no longer wrapped: nothing is due."""
+    _dismiss(id(schedule))
+
+
+def _dismiss(key: int, gone: object = None) -> None:
+    _due.pop(key, None)
+    if not _due and getattr(torch.autograd, _NAME) is _audited:
+        setattr(torch.autograd, _NAME, _real)
 
 
 def _shape(out: Any) -> Any:
@@ -75,81 +101,104 @@ def _shape(out: Any) -> Any:
     return type(out)
 
 
-def _audited(name: str, real: Any) -> Any:
-    @functools.wraps(real)
-    def audited(*args: Any, **kwargs: Any) -> Any:
-        from wrapprec.scope import thread
+@functools.wraps(_real)
+def _audited(roots: Any, *args: Any, **kwargs: Any) -> Any:
+    from wrapprec.scope import thread
 
-        roots = args[0] if args else kwargs.get("tensors", kwargs.get("outputs", ()))
-        # A graph inside forward is inside all along; the borders themselves notice a gradient that leaves it.
-        if thread.scope is None:
-            walk(roots, _disarm())
-        return real(*args, **kwargs)
+    # A graph inside forward is inside all along; the borders themselves notice a gradient that leaves it.
+    if thread.scope is None and torch._C._current_graph_task_id() == -1:
+        # Positions as in torch.autograd.backward and grad: grad_tensors, retain_graph, create_graph, inputs.
+        inputs = kwargs.get("inputs", args[3] if len(args) > 3 else ())
+        modules = [module for module in (due[2]() for due in list(_due.values())) if module is not None]
+        try:
+            met = walk(roots, modules, inputs)
+        except BaseException:
+            # Nothing stays in place; whichever model is due is armed again by its next forward.
+            for key in list(_due):
+                _dismiss(key)
+            raise
+        for key, (schedule, scaler, _) in list(_due.items()):
+            if scaler() in met:
+                # Another model's backward says nothing about this one.
+                _discharge(key, schedule())
+    return _real(roots, *args, **kwargs)
 
-    return audited
 
-
-def _disarm() -> list[Any]:
-    """Put torch's entry points back, and say which modules were to be audited."""
-    modules = [module for module in (ref() for ref in _due.values()) if module is not None]
-    for schedule in list(_due):
+def _discharge(key: int, schedule: Schedule | None) -> None:
+    if schedule is not None:
         schedule.left -= 1
-    _due.clear()
-    for name, real in _real.items():
-        if hasattr(getattr(torch.autograd, name), "__wrapped__"):
-            setattr(torch.autograd, name, real)
-    return modules
+    _dismiss(key)
 
 
-def _roots(roots: Any) -> list[Any]:
-    if isinstance(roots, Tensor):
-        roots = (roots,)
-    nodes = (root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None) for root in roots)
+def _as_tuple(tensors: Any) -> tuple[Any, ...]:
+    if isinstance(tensors, Tensor) or hasattr(tensors, "node"):
+        return (tensors,)
+    return tuple(tensors or ())
+
+
+def _roots(tensors: Any) -> list[Any]:
+    nodes = (one.grad_fn if isinstance(one, Tensor) else getattr(one, "node", None) for one in _as_tuple(tensors))
     return [node for node in nodes if node is not None]
+
+
+def _tensor(one: Any) -> Tensor | None:
+    return one if isinstance(one, Tensor) else None
 
 
 Stack = tuple[Border, ...]
 
 
-def walk(roots: Any, modules: list[Any]) -> None:
+def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
     """Follow the graph from `roots`, knowing at each node which scopes it is inside of.
 
     Args:
         roots: a tensor or graph edge, or several: what `torch.autograd.backward` takes.
         modules: wrapped modules, to name parameters.
+        inputs: what `torch.autograd.grad` differentiates with respect to.
+
+    Returns:
+        The loss scales whose borders the graph crosses.
 
     Raises:
         ScaleLeakError: naming the parameter or tensor whose gradient would be wrong.
     """
+    wanted = {_roots(one)[0]: one for one in _as_tuple(inputs) if _roots(one)}
     todo: list[tuple[Any, Stack]] = [(node, ()) for node in _roots(roots)]
-    seen: dict[tuple[Any, tuple[int, ...]], None] = {}
+    seen: set[tuple[Any, tuple[int, ...]]] = set()
+    met: set[Scaler] = set()
     while todo:
         node, inside = todo.pop()
         key = node, tuple(id(border) for border in inside)
         if key in seen:
             continue
-        seen[key] = None
-        after = _cross(node, inside, modules)
+        seen.add(key)
+        if inside and node in wanted and not isinstance(node, _GOES_OUT):
+            what = "is inside forward, where gradients are scaled, and was asked for"
+            raise _leak(_tensor(wanted[node]), what, modules)
+        after = _cross(node, inside, modules, met)
         if hasattr(node, "variable") and after:
             raise _leak(node.variable, "was used inside forward without crossing the border", modules)
         for below, _ in node.next_functions:
             if below is not None:
                 todo.append((below, after))
+    return met
 
 
-def _cross(node: Any, inside: Stack, modules: list[Any]) -> Stack:
+def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> Stack:
+    border: Border | None = node.border if isinstance(node, _GOES_IN + _GOES_OUT) else None
+    if border is None:
+        return inside
+    met.add(border.scaler)
     around = inside[-1] if inside else None
-    if isinstance(node, _GOES_IN) and node.border is not None:
-        if isinstance(node, _GOES_IN[0]) and node.border.outer is not around:
+    if isinstance(node, _GOES_IN):
+        if isinstance(node, _GOES_IN[0]) and border.outer is not around:
             raise _leak(None, "left one forward and was used in another without crossing its border", modules)
-        return (*inside, node.border)
-    if isinstance(node, _GOES_OUT) and node.border is not None:
-        # The same scale is the same factor, also where a tensor went from one forward to the next unseen.
-        if around is None or around.scale is not node.border.scale:
-            weight = next((t for t in getattr(node, "tensors", []) if t.requires_grad), None)
-            raise _leak(weight, "is reached by a tensor that left forward without crossing the border", modules)
-        return () if isinstance(node, _GOES_OUT[1]) else inside[:-1]
-    return inside
+        return (*inside, border)
+    # The same scale is the same factor, also where a tensor went from one forward to the next unseen.
+    if not border.same_factor(around):
+        weight = next((t for t in getattr(node, "tensors", []) if t.requires_grad), None)
+        raise _leak(weight, "is reached by a tensor that left forward without crossing the border", modules)
+    return () if isinstance(node, _GOES_OUT[1]) else inside[:-1]
 
 
 def _leak(tensor: Tensor | None, what: str, modules: list[Any]) -> ScaleLeakError:
@@ -172,23 +221,34 @@ def _label(tensor: Tensor | None, modules: list[Any]) -> str:
         for module in top.modules():
             for name, param in originals(module).items():
                 if param is tensor:
-                    return f"parameter {name!r} of module {module_label(module.__dict__['forward'].name, module)}"
+                    known = module.__dict__.get("forward")
+                    named = hasattr(known, "shared")
+                    label = module_label(known.name, module) if named else repr(type(module).__name__)
+                    return f"parameter {name!r} of module {label}"
     return f"a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} that is no parameter of the model"
 
 
-def borders_below(tensor: Tensor) -> list[Border]:
-    """The borders that a tensor is inside of, found where its graph reaches lent weights and inputs from inside."""
+def borders_below(tensor: Tensor) -> tuple[list[Border], bool]:
+    """The innermost borders that a tensor is inside of, found where its graph crosses them.
+
+    Returns:
+        The borders, and whether a part of the graph is outside all of them.
+    """
     found: dict[int, Border] = {}
+    outside = False
     todo, seen = _roots(tensor), set()
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, _GOES_OUT) and node.border is not None:
-            found[id(node.border.scale)] = node.border
-        elif not isinstance(node, _GOES_IN):
+        border: Border | None = node.border if isinstance(node, _GOES_IN + _GOES_OUT) else None
+        if border is None:
             todo += [below for below, _ in node.next_functions if below is not None]
-    return list(found.values())
-
-
+            continue
+        around = border.outer if isinstance(node, _GOES_IN) else border
+        if around is None:
+            outside = True
+        else:
+            found[id(around)] = around
+    return list(found.values()), outside

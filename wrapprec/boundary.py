@@ -21,93 +21,20 @@ that later in-place operations are allowed and those that spoil a saved tensor a
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from wrapprec.border import Border
 from wrapprec.dtypes import LOW
-from wrapprec.errors import ScaleLeakError, message
-from wrapprec.scale import Scaler
 
 if TYPE_CHECKING:
     from wrapprec.bucket import Bucket
-    from wrapprec.recompute import Extent
-
-_REMEMBERED_BACKWARDS = 64
 
 Dtypes = tuple[torch.dtype | None, ...]
-
-
-_backwards: dict[int, weakref.WeakSet[Scaler]] = {}
-"""The scales that took part in the latest backwards, by graph task."""
-
-
-def _trim(by_task: dict[int, Any]) -> None:
-    # A backward that raised never says that it ended, so entries go by age; task ids are not used twice.
-    if len(by_task) > _REMEMBERED_BACKWARDS:
-        for task in list(by_task)[:-_REMEMBERED_BACKWARDS]:
-            by_task.pop(task, None)  # another thread may have been faster
-
-
-class Border:
-    """The border of one opened scope, with the scale it was opened under.
-
-    Args:
-        scaler: the wrapped model's loss scale; its value now is this border's S.
-        outer: the border of the scope in which this one was opened: its S divides the lent weights' gradients too.
-        extent: when the scope was open.
-    """
-
-    def __init__(self, scaler: Scaler, outer: Border | None = None, extent: Extent | None = None) -> None:
-        self.scaler = scaler
-        self.outer = outer
-        self.extent = extent
-        self.scale = scaler.scale
-        self.total = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
-
-    def again(self, extent: Extent) -> Border:
-        """The same border, for the scope of a recomputation."""
-        border = copy.copy(self)
-        border.extent = extent
-        return border
-
-    def enter_backward(self) -> None:
-        """Remember that the running backward has come inside through this border."""
-        task = torch._C._current_graph_task_id()
-        self.scaler.begin(task, _backwards.setdefault(task, weakref.WeakSet()))
-        self.scaler.borders.setdefault(task, {})[id(self)] = self
-        _trim(self.scaler.borders)
-        _trim(_backwards)
-
-    def leave_backward(self, what: str) -> None:
-        """Raise unless the running backward came inside through a border: else 1/S would be applied to a true gradient.
-
-        Raises:
-            ScaleLeakError: the gradient got inside past every border.
-        """
-        task = torch._C._current_graph_task_id()
-        if task != -1 and task not in self.scaler.borders:
-            raise ScaleLeakError(
-                message(
-                    "a gradient that entered the wrapped model through its outputs",
-                    f"a gradient that reached {what} without crossing the model's loss-scale border",
-                    remedy="call backward outside forward, and pass tensors that leave forward by another way than its"
-                    " outputs (hooks, closures, globals) through wrapprec.leave(tensor)",
-                )
-            )
-
-    def same_factor(self, other: Border | None) -> bool:
-        """Gradients inside both are multiplied by the same number."""
-        if other is None or other.scale is not self.scale:
-            return False
-        if self.outer is None or other.outer is None:
-            return self.outer is other.outer
-        return self.outer.same_factor(other.outer)
 
 
 def _scalar(number: Tensor, like: Tensor) -> Tensor:
@@ -139,7 +66,14 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     return flags
 
 
-class Enter(Function):
+class Crossing(Function):
+    """What all of them have in common: nothing but the type that torch leaves out."""
+
+    if TYPE_CHECKING:
+        apply: ClassVar[Callable[..., Any]]
+
+
+class Enter(Crossing):
     """Identity on the way in; the gradient is divided by S on the way out."""
 
     generate_vmap_rule = True
@@ -158,7 +92,7 @@ class Enter(Function):
         return ScaleDown.apply(grad, ctx.border), None
 
 
-class ScaleDown(Function):
+class ScaleDown(Crossing):
     """An input's gradient on its way out."""
 
     @staticmethod
@@ -180,7 +114,7 @@ class ScaleDown(Function):
         return Enter.apply(grad, ctx.border), None
 
 
-class Leave(Function):
+class Leave(Crossing):
     """Identity on the way out; the gradient is multiplied by S on the way in."""
 
     generate_vmap_rule = True
@@ -199,7 +133,7 @@ class Leave(Function):
         return ScaleUp.apply(grad, ctx.border), None
 
 
-class ScaleUp(Function):
+class ScaleUp(Crossing):
     """An output's gradient on its way in."""
 
     @staticmethod
@@ -216,7 +150,7 @@ class ScaleUp(Function):
         return Leave.apply(grad, ctx.border), None
 
 
-class Recompute(Function):
+class Recompute(Crossing):
     """Identity both ways on the outputs of a recomputed block: it tells the nested backward which S is in force."""
 
     @staticmethod
@@ -233,15 +167,16 @@ class Recompute(Function):
         return Recompute.apply(grad, ctx.border), None
 
 
-class Lend(Function):
+class Lend(Crossing):
     """Weights on their way in: cast, or the same storage in the same dtype."""
 
     @staticmethod
     def forward(border: Border | None, bucket: Bucket, dtypes: Dtypes, *tensors: Tensor) -> tuple[Tensor, ...]:
         if bucket.multi_tensor:
-            low = [torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)]
+            cast = [(t, d) for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)]
+            low = [torch.empty_like(t, dtype=d) for t, d in cast]
             if low:
-                torch._foreach_copy_(low, [t for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)])
+                torch._foreach_copy_(low, [t for t, _ in cast])
             made = iter(low)
             return tuple(
                 t.detach() if d in (None, t.dtype) else next(made) for t, d in zip(tensors, dtypes, strict=True)
@@ -251,7 +186,7 @@ class Lend(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        # Plain attributes: a saved tensor would have to be saved again, in the same order, by a checkpoint's recomputation.
+        # Plain attributes: a saved tensor would have to be saved again, in the same order, by a recomputation.
         ctx.border, ctx.bucket, ctx.low, *ctx.tensors = inputs
 
     @staticmethod
@@ -269,7 +204,7 @@ class Lend(Function):
         return None, None, None, *true
 
 
-class Return(Function):
+class Return(Crossing):
     """The gradients of lent weights on their way out: cast to the weight's dtype, times 1/S, overflow recorded."""
 
     @staticmethod

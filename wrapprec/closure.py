@@ -44,7 +44,12 @@ class Guard:
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.loss: Any = None
         self.finite_evaluations = 0
-        self._backup: tuple[list[Tensor], Any] | None = None
+        # An LBFGS changes parameters between its evaluations, and writes its state before the first.
+        self._backup: tuple[list[Tensor], dict[Tensor, Any]] | None = None
+        if isinstance(optimizer, LBFGS):
+            values = [p.detach().clone() for p in self.params]
+            # The keys are the parameters themselves: they must not be copied.
+            self._backup = values, {param: copy.deepcopy(state) for param, state in optimizer.state.items()}
 
     def __call__(self) -> Any:
         for _ in range(_MOST_EVALUATIONS):
@@ -53,9 +58,6 @@ class Guard:
             self.loss = self.closure()
             overflow, lowest = self.overflowed()
             if not overflow:
-                if self.finite_evaluations == 0 and isinstance(self.optimizer, LBFGS):
-                    values = [p.detach().clone() for p in self.params]
-                    self._backup = values, copy.deepcopy(dict(self.optimizer.state))
                 self.finite_evaluations += 1
                 return self.loss
             # Gradients that the closure accumulates into rather than replaces cannot be made again.
@@ -72,9 +74,9 @@ class Guard:
         Raises:
             StepError: the optimizer is not known to be restorable.
         """
-        if self.finite_evaluations == 0:
-            return
         if self._backup is None:
+            if self.finite_evaluations == 0:
+                return
             raise StepError(
                 message(
                     "an optimizer that evaluates its closure once, before it changes anything, or torch.optim.LBFGS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,14 @@ _HOPELESS = (
 )
 
 
+@dataclass
+class _Output:
+    """An output, and whether it leaves the model there, so that its gradient comes from the loss."""
+
+    where: str
+    leaves: bool = False
+
+
 class Diagnosis:
     """What one forward and its backward showed; it reads tensors on the host, so it is on only before an error."""
 
@@ -28,6 +37,8 @@ class Diagnosis:
         self.loss_finding: str | None = None
         self.backward_finding: str | None = None
         self._depth = 0
+        # A tensor that is the output of a module, and of those around it: watched once, for the innermost.
+        self._watched: dict[int, tuple[Tensor, _Output]] = {}
         # A forward has run under it.
         self.complete = False
 
@@ -50,8 +61,17 @@ class Diagnosis:
             if not _finite(tensor):
                 self._note(f"module {label} returned inf or nan from finite inputs, in {tensor.dtype}")
             if tensor.requires_grad:
-                tensor.register_hook(lambda grad: self._see(grad, f"the output of module {label}", opens))
+                self._watch(tensor, label, opens)
+        if opens:
+            self._watched.clear()
         return out
+
+    def _watch(self, tensor: Tensor, label: str, opens: bool) -> None:
+        if id(tensor) not in self._watched:
+            output = _Output(f"the output of module {label}")
+            self._watched[id(tensor)] = tensor, output
+            tensor.register_hook(lambda grad: self._see(grad, output.where, output.leaves))
+        self._watched[id(tensor)][1].leaves = opens
 
     def watch_weight(self, forward_name: str, key: str, weight: Tensor) -> None:
         """Look at the gradient of a lent weight, in the dtype it is computed in."""
@@ -62,12 +82,12 @@ class Diagnosis:
     def _note(self, finding: str) -> None:
         self.forward_finding = self.forward_finding or finding
 
-    def _see(self, grad: Tensor, where: str, opens: bool) -> None:
+    def _see(self, grad: Tensor, where: str, leaves: bool) -> None:
         if self.backward_finding is not None or self.loss_finding is not None or _finite(grad):
             return
         # What comes in from the loss was only multiplied by the scale: that makes no nan, and an inf only where the
         # product is rounded to float16.
-        if opens and (grad.dtype is not torch.float16 or bool(grad.isnan().any())):
+        if leaves and (grad.dtype is not torch.float16 or bool(grad.isnan().any())):
             self.loss_finding = f"the gradient that the loss sends into {where} holds inf or nan already"
         else:
             self.backward_finding = f"the gradient of {where} holds inf or nan, in {grad.dtype}"

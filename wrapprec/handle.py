@@ -6,20 +6,22 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from wrapprec.errors import NotWrappedError, PolicyError, WrapprecError, WrapprecWarning, message
+from wrapprec.errors import WrapprecError, WrapprecWarning, message
+from wrapprec.hold import check_scheduler
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
-from wrapprec.scale import Scaler
+from wrapprec.resume import load_scales
 from wrapprec.scope import thread
 from wrapprec.state import Shared
 from wrapprec.step import Stepper
 from wrapprec.undo import UndoStack
+
+T = TypeVar("T")
 
 
 class Handle:
@@ -32,8 +34,8 @@ class Handle:
         self._models = models
         self._undo = undo
         self._steppers: list[Stepper] = []
-        self._last: Stepper | None = None
         self._skipped_before = 0
+        self._loaded = False
         for model in models:
             model.handle = self
 
@@ -88,12 +90,19 @@ class Handle:
 
     @property
     def skipped_steps(self) -> int:
-        """How many optimizer steps were skipped, resumed runs included; reads the device after fused steps."""
+        """How many optimizer steps were skipped, resumed runs included; reads the device after fused steps.
+
+        Raises:
+            NonFiniteError: skipping fused steps has become pointless.
+        """
         for stepper in self._steppers:
             stepper.check_patience()
+        return self._count_skipped()
+
+    def _count_skipped(self) -> int:
         return self._skipped_before + sum(stepper.skipped for stepper in self._steppers)
 
-    def _only(self, what: str, values: tuple[Any, ...]) -> Any:
+    def _only(self, what: str, values: tuple[T, ...]) -> T:
         if len(values) != 1:
             raise WrapprecError(
                 message(
@@ -115,6 +124,7 @@ class Handle:
 
         Raises:
             TypeError: it is no torch.optim.Optimizer.
+            ValueError: the scheduler is another optimizer's.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -124,6 +134,8 @@ class Handle:
                     remedy="pass the optimizer object itself, or a sequence of them",
                 )
             )
+        if scheduler is not None:
+            check_scheduler(scheduler, [optimizer])
         if not self._models:
             return
         self._warn_of_strangers(optimizer)
@@ -134,6 +146,7 @@ class Handle:
         if stepper is None:
             stepper = Stepper(optimizer, scaled)
             stepper.install(self._undo)
+            stepper.restored.scale_loaded = self._loaded
             self._steppers.append(stepper)
             for model in scaled:
                 model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
@@ -148,8 +161,8 @@ class Handle:
         if strange:
             text = message(
                 "an optimizer of the wrapped model's parameters",
-                f"{type(optimizer).__name__} with {len(strange)} of {len(params)} parameters that no wrapped model owns,"
-                f" the first of shape {tuple(strange[0].shape)}",
+                f"{type(optimizer).__name__} with {len(strange)} of {len(params)} parameters that no wrapped model owns"
+                f", the first of shape {tuple(strange[0].shape)}",
                 remedy="wrap the model that owns them too, or build the optimizer from model.parameters() after the"
                 " model got its final parameters; they are trained as they are",
             )
@@ -166,7 +179,7 @@ class Handle:
         return {
             "version": 1,
             "scales": [None if m.scaler is None else m.scaler.state_dict() for m in self._models],
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self._count_skipped(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,25 +191,14 @@ class Handle:
         Raises:
             PolicyError: the state is neither, or of another number of models.
         """
-        scales = state.get("scales", [state] * len(self._models))
-        if not state:  # a disabled GradScaler's
-            scales = [None] * len(self._models)
-        if len(scales) != len(self._models):
-            raise PolicyError(
-                message(
-                    f"the state of {len(self._models)} models",
-                    f"a state of {len(scales)}",
-                    remedy="wrap the same models, in the same order, as when it was saved",
-                )
-            )
-        for model, scale in zip(self._models, scales, strict=True):
-            if model.scaler is not None and scale is not None:
-                model.scaler.load_state_dict(scale)
-            model.schedule.restart()
+        if not self._models:  # not enabled: there is nothing to resume
+            return
+        load_scales(self._models, state)
         self._skipped_before = int(state.get("skipped_steps", 0))
+        self._loaded = True
         for stepper in self._steppers:
             stepper.skipped = 0
-            stepper.scale_loaded = True
+            stepper.restored.scale_loaded = True
 
     # Inference
 
@@ -238,21 +240,10 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.unwrap()
 
     def __repr__(self) -> str:
         return f"Handle({', '.join(str(plan.policy) for plan in self.plans)})"
-
-
-def require_wrapped(model: nn.Module, handle: Handle | None) -> Handle:
-    """The handle, or an error that says that `model` is not wrapped."""
-    if handle is None:
-        raise NotWrappedError(
-            message(
-                "a wrapped model",
-                f"a {type(model).__name__} that is not wrapped",
-                remedy="call wrapprec.wrap(model, optimizer, policy) first",
-            )
-        )
-    return handle

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
+from wrapprec import audit
 from wrapprec.backends.select import backend_for
+from wrapprec.checks import check_dtype
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.plan import Placement, Plan, resolve
+from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
-from wrapprec.scope import check_dtype
 from wrapprec.state import Request, Shared
 from wrapprec.undo import UndoStack
 
-_CAST_BY_AUTOCAST = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+_CAST_BY_AUTOCAST = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 """Modules whose weights autocast would cast at every call: what `frozen()` casts once under op casting."""
+
+
+def _is_cast_by_autocast(module: nn.Module) -> bool:
+    """Only torch's own code is known to hand its weights to autocast as they are.
+
+    Attention in eval mode is not: on a CPU it takes a kernel that autocast does not know, if its weights are float32.
+    """
+    if not isinstance(module, _CAST_BY_AUTOCAST) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
+    return owner.__module__.startswith("torch.nn.modules.")
+
+
+_FLOAT32 = Precision(torch.float32, torch.float32, torch.float32)
 
 
 def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[Shared]) -> Shared:
@@ -49,6 +61,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     plan = _resolve(model, request)
     device = torch.device(plan.device)
     shared = Shared(model, request, plan, backend_for(device), device)
+    undo.push(lambda: audit.dismiss(shared.schedule))
     _place(model, shared, undo)
     for forward in model.__dict__["forward"].tree():
         for key, param in forward.module._parameters.items():
@@ -70,6 +83,8 @@ def refresh(forward: Forward) -> None:
     shared = forward.shared
     root = None if shared.root is None else shared.root()
     model = forward.module if root is None else root
+    if shared.undo is None:
+        shared.undo = adopt(model)
     plan = _resolve(model, shared.request)
     device = torch.device(plan.device)
     if device != shared.device:
@@ -88,8 +103,10 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
     plan = resolve(model, request.policy, rules=request.rules, **options)
     for placement in plan.placements:
         precision = placement.precision
-        if precision.param_dtype is not torch.float32 or is_format(precision.compute_dtype) or (
-            precision.compute_dtype is torch.float64
+        if (
+            precision.param_dtype is not torch.float32
+            or is_format(precision.compute_dtype)
+            or (precision.compute_dtype is torch.float64)
         ):
             raise PolicyError(
                 message(
@@ -105,6 +122,16 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
 
 
 def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
+    own = model.__dict__.get("forward")
+    if isinstance(own, Forward) and own.shared in siblings:
+        raise AlreadyWrappedError(
+            message(
+                "models of which none contains another that is wrapped after it",
+                "a model that an earlier one in the same call contains",
+                where=module_label(own.name, model),
+                remedy="leave it out, it is wrapped as a part; or give it first, to have a loss scale of its own",
+            )
+        )
     for fqn, module in model.named_modules():
         own = module.__dict__.get("forward")
         if isinstance(own, Forward) and own.shared not in siblings:
@@ -122,14 +149,22 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     """Give every module its Forward, or bring the one it has up to date."""
     regions: dict[Any, Region] = {}
     placements = {placement.name: placement for placement in shared.plan.placements}
+    parametrised: set[int] = set()
     for fqn, module in model.named_modules():
+        if isinstance(module, ParametrizationList):
+            parametrised.update(map(id, module.modules()))
         own = module.__dict__.get("forward")
         if isinstance(own, Forward) and own.shared is not shared:
             continue
         if not isinstance(own, Forward):
             own = Forward(module, shared, fqn, replaced=own)
             undo.set_attribute(module, "forward", own)
-        _configure(own, placements[fqn], shared, regions)
+        own.name = fqn
+        placement = placements[fqn]
+        if id(module) in parametrised:
+            # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals.
+            placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
+        _configure(own, placement, shared, regions)
 
 
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
@@ -140,7 +175,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
     low = precision.compute_dtype if precision.casting is not None else None
     assert low is None or isinstance(low, torch.dtype)
-    by_autocast = precision.casting == "op" and isinstance(forward.module, _CAST_BY_AUTOCAST)
+    by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
     forward.region = None if keeps else regions[key]
     forward.lend_dtype = low if precision.casting == "module" else None
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
@@ -150,6 +185,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         assert isinstance(output, torch.dtype)
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
+    forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.forget_tree()
 
 

@@ -10,20 +10,21 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wrapprec.cast import cast_tree
+from wrapprec.cast import cast_tree, tensors_in
 from wrapprec.dtypes import LOW
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BY_IDENTITY = frozenset(
-    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward data_ptr numpy item tolist"
-    " untyped_storage storage _typed_storage share_memory_ type to dim size stride numel element_size is_floating_point"
-    " is_complex is_contiguous get_device record_stream is_inference is_shared is_pinned __len__ __bool__ __float__"
-    " __int__ __index__ __repr__ __format__ __hash__ __contains__ __deepcopy__ __reduce_ex__ half bfloat16 float double"
-    " bool int long _is_view is_leaf detach clone copy_ grad is_tensor".split()
+    """
+    register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward data_ptr numpy item
+    tolist untyped_storage storage _typed_storage share_memory_ type to dim size stride numel element_size
+    is_floating_point is_complex is_contiguous get_device record_stream is_inference is_shared is_pinned
+    __len__ __bool__ __float__ __int__ __index__ __repr__ __format__ __hash__ __contains__ __deepcopy__
+    __reduce_ex__ half bfloat16 float double bool int long _is_view is_leaf detach clone copy_ grad is_tensor
+    """.split()  # noqa: SIM905  # a word list reads better
 )
 """Functions that look at, or attach something to, this very tensor, or convert it themselves."""
 
@@ -36,15 +37,24 @@ class _Upcast(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _BY_IDENTITY or name in ("__get__", "__set__", "__delete__"):
             return func(*args, **kwargs)
-        if _writes(name, args, kwargs):
-            target = args[0] if args else None
-            if isinstance(target, Tensor) and target.dtype in LOW:
-                return func(*args, **kwargs)
+        if _writes(name) and any(t.dtype in LOW for t in tensors_in(args[:1])):
+            return func(*args, **kwargs)
+        out = kwargs.get("out")
+        if out is not None and any(t.dtype in LOW for t in tensors_in(out)):
+            rest = {key: value for key, value in kwargs.items() if key != "out"}
+            return _fill(out, func(*_up(args), **_up(rest)))
         return func(*_up(args), **_up(kwargs))
 
 
-def _writes(name: str, args: Any, kwargs: Any) -> bool:
+def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__",) or name.startswith("__i")
+
+
+def _fill(out: Any, result: Any) -> Any:
+    """Write results into the low precision tensors that were given for them."""
+    for target, value in zip(tensors_in(out), tensors_in(result), strict=True):
+        target.resize_(value.shape).copy_(value)
+    return out
 
 
 def _up(tree: Any) -> Any:
@@ -71,11 +81,10 @@ class float32(contextlib.AbstractContextManager["float32"]):
 
     def __enter__(self) -> float32:
         stack = contextlib.ExitStack()
-        for device_type in ("cpu", torch.accelerator.current_accelerator()):
-            if device_type is not None:
-                kind = getattr(device_type, "type", device_type)
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+        accelerator = torch.accelerator.current_accelerator()
+        for kind in ("cpu", *([] if accelerator is None else [accelerator.type])):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_Upcast())
         stacks = self._open.__dict__.setdefault("stacks", [])
         stacks.append(stack)
@@ -85,6 +94,9 @@ class float32(contextlib.AbstractContextManager["float32"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.stacks.pop().__exit__(kind, error, trace)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float32, ()
 
     def __call__(self, function: F) -> F:
         @functools.wraps(function)

@@ -6,8 +6,8 @@ A plain dict with the originals, over which each thread that has a scope open se
 
 from __future__ import annotations
 
-import threading
 import copy
+import threading
 from collections.abc import ItemsView, ValuesView
 from threading import get_ident
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 _installing = threading.Lock()
 """Held while a `Lent` is put in place or taken away, never while user code runs."""
+
+rnn_turn = threading.RLock()
+"""Held while an RNN runs: it keeps its weights, which differ from thread to thread, in attributes of the module."""
 
 _RNN_ATTRIBUTES = ("_flat_weights", "_flat_weight_refs")
 
@@ -33,7 +36,7 @@ class Lent(dict[str, Any]):
         original = module.__dict__["_parameters"]
         super().__init__(original)
         self.original: dict[str, Any] = original
-        self.overlays: dict[int, Weights] = {}
+        self.overlays: dict[int, list[Weights]] = {}
         # An RNN keeps a list of its weights, and rebuilds it when it finds others in their place.
         self.flat = {name: module.__dict__[name] for name in _RNN_ATTRIBUTES if name in module.__dict__}
 
@@ -41,14 +44,19 @@ class Lent(dict[str, Any]):
         """The originals."""
         return {name: dict.__getitem__(self, name) for name in self}
 
+    def _overlay(self) -> Weights | None:
+        """What was lent to this thread last."""
+        stack = self.overlays.get(get_ident())
+        return stack[-1] if stack else None
+
     def __getitem__(self, name: str) -> Any:
-        overlay = self.overlays.get(get_ident())
+        overlay = self._overlay()
         if overlay is not None and name in overlay:
             return overlay[name]
         return dict.__getitem__(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401  # this is the `get`
 
     def _seen(self) -> dict[str, Any]:
         return {name: self[name] for name in self}
@@ -63,7 +71,7 @@ class Lent(dict[str, Any]):
         return self._seen()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        overlay = self.overlays.get(get_ident())
+        overlay = self._overlay()
         if overlay is not None and name in overlay and isinstance(value, Tensor):
             # torch.func.functional_call swaps tensors in and out; a Parameter that stays is kept by `settle`.
             overlay[name] = value
@@ -76,8 +84,9 @@ class Lent(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         dict.__delitem__(self, name)
         self.original.pop(name, None)
-        for overlay in self.overlays.values():
-            overlay.pop(name, None)
+        for stack in list(self.overlays.values()):
+            for overlay in stack:
+                overlay.pop(name, None)
 
     def pop(self, name: str, *default: Any) -> Any:
         if name not in self:
@@ -110,37 +119,35 @@ def originals(module: nn.Module) -> dict[str, Any]:
     return params.base() if isinstance(params, Lent) else params
 
 
-def lend(module: nn.Module, weights: Weights) -> Weights | None:
-    """Let this thread see `weights` in place of the module's parameters of the same names.
+def lend(module: nn.Module, weights: Weights) -> None:
+    """Let this thread see `weights` in place of the module's parameters of the same names, until `take_back`.
 
     Args:
         module: the module.
         weights: tensors by parameter name.
-
-    Returns:
-        What this thread saw before in their place, for `take_back`.
     """
     with _installing:
         params = module.__dict__["_parameters"]
         if not isinstance(params, Lent):
             params = module.__dict__["_parameters"] = Lent(module)
-        before: Weights | None = params.overlays.get(get_ident())
-        params.overlays[get_ident()] = weights
-    return before
+        params.overlays.setdefault(get_ident(), []).append(weights)
 
 
-def take_back(module: nn.Module, weights: Weights, before: Weights | None) -> None:
-    """Undo `lend`; the last thread to do so puts the module's own dict back."""
+def take_back(module: nn.Module, weights: Weights) -> None:
+    """Undo `lend`; the last thread to do so puts the module's own dict back. A second call does nothing."""
     with _installing:
         params = module.__dict__["_parameters"]
         if not isinstance(params, Lent):
             return
-        if before is not None:
-            params.overlays[get_ident()] = before
+        stack = params.overlays.get(get_ident(), [])
+        kept = [lent for lent in stack if lent is not weights]
+        if len(kept) == len(stack):
             return
-        params.settle(params.overlays.pop(get_ident(), weights))
+        params.settle(weights)
+        if kept:
+            params.overlays[get_ident()] = kept
+            return
+        del params.overlays[get_ident()]
         if not params.overlays:
             module.__dict__.update(params.flat)
             module.__dict__["_parameters"] = params.original
-
-

@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from wrapprec.region import Forward
 
 _ABOUT_DTYPES = re.compile(
-    r"dtype|scalar type|same type|data type|should be the same|not implemented for '(Half|BFloat16)'|of type (Half|BFloat16)"
+    r"dtype|scalar type|same type|data type|should be the same"
+    r"|not implemented for '(Half|BFloat16)'|of type (Half|BFloat16)"
     r"|(Half|BFloat16|Float).*(expected|but (got|found))",
     re.IGNORECASE,
 )
 
 
-def mismatch(forward: Forward, error: RuntimeError) -> DtypeMismatchError | None:
+_ABOUT_INDICES = re.compile(r"\b(Long|Int|int64|int32)\b|indices", re.IGNORECASE)
+_LOW = re.compile(r"Half|BFloat16|float16", re.IGNORECASE)
+
+
+def mismatch(forward: Forward, error: Exception) -> DtypeMismatchError | None:
     """Explain an error of a module's forward.
 
     Args:
@@ -32,6 +37,8 @@ def mismatch(forward: Forward, error: RuntimeError) -> DtypeMismatchError | None
     text = str(error)
     if not forward.shared.mixed or not _ABOUT_DTYPES.search(text):
         return None
+    if _ABOUT_INDICES.search(text) and not _LOW.search(text):
+        return None  # the caller's own slip, precision has no part in it
     placement = forward.shared.plan.placement_or_none(forward.name)
     if placement is None:
         return None

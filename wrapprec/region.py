@@ -8,21 +8,44 @@ recomputation and under torch.compile alike, and its ``finally`` runs for every 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import threading
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wrapprec import traced
-from wrapprec.cast import cast_tree, tensors_in
-from wrapprec.dtypes import LOW
-from wrapprec.errors import ModelChangedError, ScaleLeakError, WrapprecError, message, module_label
+from wrapprec.cast import cast_tree
+from wrapprec.checks import check_dtype, check_pending, warn_of_autocast
+from wrapprec.errors import ModelChangedError, WrapprecError, module_label
+from wrapprec.lent import rnn_turn
 from wrapprec.mismatch import mismatch
 from wrapprec.policy import Precision
-from wrapprec.scope import Scope, check_dtype, check_pending, thread
+from wrapprec.recompute import recomputed, remember_frame
+from wrapprec.scope import Scope, thread
 from wrapprec.state import Shared
+from wrapprec.writes import Casts, Containers
 
 _NOTHING = contextlib.nullcontext()
+
+_changing = threading.RLock()
+"""Held while a changed model is taken up, so that two threads do not do it at once."""
+
+
+@functools.lru_cache(maxsize=1)
+def cache_is_sound() -> bool:
+    """Whether autocast's cache keeps casts made under no_grad from those with a graph; not so in torch 2.9.
+
+    A weight that was used under no_grad first, on any thread, would get no gradient.
+    """
+    weight, x = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            torch.mm(x, weight)
+        return torch.mm(x, weight).requires_grad
 
 
 class Region:
@@ -40,14 +63,18 @@ class Region:
         self.device_type = device_type
         self.restores = restores
         self.autocasts = precision.casting == "op"
-        self.low = precision.compute_dtype if precision.casting is not None else None
+        self.caches = cache_is_sound()
+        compute, output = precision.compute_dtype, precision.output_dtype
+        assert isinstance(compute, torch.dtype) and isinstance(output, torch.dtype)
+        self.low = compute if precision.casting is not None else None
+        self.output_dtype = output
         self.casts = precision.casts_inputs if self.low is not None else upcasts
         self.by_module = precision.casting == "module" and self.casts
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as this region wants it; nothing where it is so already."""
         if self.autocasts:
-            cache = torch.is_autocast_cache_enabled()
+            cache = self.caches and torch.is_autocast_cache_enabled()
             return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
         if torch.is_autocast_enabled(self.device_type):
             return torch.autocast(self.device_type, enabled=False)
@@ -60,8 +87,8 @@ class Region:
     def give_back(self, out: Any, around: Region | None) -> Any:
         """Cast what goes out into the region `around`."""
         if self.low is not None:
-            return cast_tree(out, self.precision.output_dtype)
-        if self.restores and around is not None and around.by_module:
+            return cast_tree(out, self.output_dtype)
+        if self.restores and around is not None and around.by_module and around.low is not None:
             return cast_tree(out, around.low)
         return out
 
@@ -81,6 +108,7 @@ class Forward:
         freeze_dtype: the dtype they are lent in inside `frozen()`.
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
         multi_tensor: its weights are cast in one pass with others.
+        sparse: its weights get sparse gradients, which torch's own cast cannot take back.
         buckets: which bucket each of its parameters is lent in.
     """
 
@@ -89,6 +117,7 @@ class Forward:
     freeze_dtype: torch.dtype | None
     output_dtype: torch.dtype | None
     multi_tensor: bool
+    sparse: bool
 
     def __init__(self, module: nn.Module, shared: Shared, name: str, replaced: Any) -> None:
         self.module = module
@@ -96,7 +125,10 @@ class Forward:
         self.name = name
         self.replaced = replaced
         self.buckets: dict[str, Any] = {}
-        self._tree: list[tuple[Forward, tuple[Any, ...]]] = []
+        self._tree: list[tuple[Forward, dict[str, Any], tuple[Any, ...]]] = []
+        self._forwards: list[Forward] = []
+        # No module of the subtree has come since wrap.
+        self._complete = True
 
     @property
     def __wrapped__(self) -> Any:
@@ -117,19 +149,29 @@ class Forward:
         if scope is not None and scope.shared is self.shared:
             if id(self) not in scope.done:
                 scope.lend([self])
+            if scope.grad and not torch.is_grad_enabled():
+                scope.suspended = True
             return self._enter(scope, args, kwargs)
         return self._open(args, kwargs)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shared = self.shared
-        self._check()
-        scope = Scope(shared, self._recomputes(args, kwargs))
-        thread.scope = scope
+        in_backward = torch._C._current_graph_task_id() != -1
+        self._check(in_backward)
+        part_of = recomputed(self, thread.scope) if in_backward else None
+        if part_of is None:
+            remember_frame(self.shared)
+            if not in_backward and thread.scope is None:
+                warn_of_autocast(self)
+        scope = Scope(self.shared, part_of)
         try:
-            given = args, kwargs
+            thread.scope = scope
             scope.lend(self.tree())
+            given = args, kwargs
             args, kwargs = scope.enter(given)
+            containers = Containers(given, (args, kwargs)) if scope.inputs else None
             out = self._enter(scope, args, kwargs)
+            if containers is not None:
+                containers.bring_back()
             return scope.leave(self, out, given)
         finally:
             scope.close()
@@ -138,9 +180,10 @@ class Forward:
         around = scope.region
         region = self.region if self.region is not None else around
         crosses = region is not around
-        writes: list[tuple[Tensor, Tensor, int]] = []
+        casts = None
         if region is not None and region.casts and (crosses or (region.by_module and self.module._parameters)):
-            args, kwargs = region.cast_inputs((args, kwargs), lambda old, new: writes.append((old, new, _version(new))))
+            casts = Casts(region.cast_inputs, args, kwargs)
+            args, kwargs = casts.args, casts.kwargs
         if not crosses:
             out = self._call(args, kwargs)
         else:
@@ -152,122 +195,78 @@ class Forward:
                 scope.region = around
             if around is not None:
                 out = region.give_back(out, around)
-        for old, new, version in writes:
-            if _version(new) != version:
-                self._write_back(old, new)
+        if casts is not None and casts.tensors:
+            casts.bring_back(module_label(self.name, self.module))
         return out
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             if self.shared.diagnosis is not None:
                 return self.shared.diagnosis.call(self, args, kwargs)
+            if isinstance(self.module, nn.RNNBase):
+                with rnn_turn:
+                    return self.original(*args, **kwargs)
             if self.replaced is None:
                 return type(self.module).forward(self.module, *args, **kwargs)
             return self.replaced(*args, **kwargs)
         except WrapprecError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             better = mismatch(self, error)
             if better is None:
                 raise
             raise better from error
-
-    def _write_back(self, old: Tensor, new: Tensor) -> None:
-        """A cast input was written in place (a cache): bring the values to the tensor the caller holds."""
-        if new.requires_grad and torch.is_grad_enabled():
-            raise ModelChangedError(
-                message(
-                    "a module that does not write into an input that had to be cast",
-                    f"an input of shape {tuple(old.shape)} cast from {old.dtype} to {new.dtype} and then modified in place",
-                    where=module_label(self.name, self.module),
-                    remedy=f"pass it in {new.dtype}, or add a rule that keeps this module in {old.dtype}",
-                )
-            )
-        with torch.no_grad():
-            old.copy_(new)
 
     # What is below
 
     def tree(self) -> list[Forward]:
         """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
         if not self._tree:
-            self._tree = [(f, tuple(f.module._modules.values())) for f in _walk(self)]
-        return [forward for forward, _ in self._tree]
+            self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in _walk(self)]
+            self._forwards = [forward for forward, _, _ in self._tree]
+            below = self.module.modules()
+            self._complete = all(isinstance(module.__dict__.get("forward"), Forward) for module in below)
+        return self._forwards
 
     def forget_tree(self) -> None:
         """The subtree has changed."""
         self._tree = []
 
-    def _check(self) -> None:
+    def _check(self, in_backward: bool) -> None:
         """Take up, or refuse, what changed in the model since the last forward."""
         shared = self.shared
         if shared.root is None and self.name == "":
-            import weakref
-
             shared.root = weakref.ref(self.module)
         if not self._tree:
             self.tree()
-        stale = any(tuple(f.module._modules.values()) != children for f, children in self._tree)
-        device = None
-        for forward, _ in self._tree:
+        mixed = shared.mixed
+        device, stale = None, not self._complete
+        for forward, modules, children in self._tree:
+            if len(modules) != len(children) or tuple(modules.values()) != children:
+                stale = True
             for key, param in forward.module._parameters.items():
                 if param is None:
                     continue
-                device = device or param.device
-                if param.dtype is not torch.float32 and shared.mixed:
+                if device is None:
+                    device = param.device
+                if mixed and param.dtype is not torch.float32:
                     problem = check_dtype(forward, key, param)
                     if problem is not None:
                         raise ModelChangedError(problem)
-        if stale or (device is not None and device.type != "meta" and device != shared.device):
+        if stale or (device is not None and device != shared.device and device.type != "meta"):
             from wrapprec.install import refresh
 
-            refresh(self)
+            with _changing:
+                refresh(self)
         for owner in shared.owners:
+            # Parameters that `add_param_group` brought since: the buckets are made anew.
             owner.owned()
-        if shared.scaler is not None and torch.is_grad_enabled():
+        if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
             check_pending(shared)
             if shared.scaler.touched and not any(owner.alive for owner in shared.owners):
                 shared.scaler.settle()
 
-    def _recomputes(self, args: Any, kwargs: Any) -> bool:
-        """Whether this call recomputes, in backward, a checkpointed block of an earlier scope's inside.
-
-        Only a reentrant checkpoint's recomputation feeds gradients through the graph made here. It may also be of a
-        scope's outside (``checkpoint(model, x)``), where the border is needed.
-
-        Raises:
-            ScaleLeakError: under a loss scale, and nothing tells the two apart.
-        """
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return False
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", ""):
-            return True
-        scaler = self.shared.scaler
-        if scaler is not None and task not in scaler.borders:
-            return False
-        precisions = {p.precision for p in self.shared.plan.placements if p.precision.casting is not None}
-        device_type = self.shared.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            return any(p.casting == "op" and p.compute_dtype == dtype for p in precisions)
-        if any(t.dtype in LOW for t in tensors_in((args, kwargs))):
-            return True
-        if scaler is None or all(p.casting == "op" for p in precisions):
-            return False
-        raise ScaleLeakError(
-            message(
-                "a recomputation of which it is known whether it belongs to the inside of a wrapped model",
-                "a reentrant checkpoint whose inputs are float32, under a loss scale",
-                where=module_label(self.name, self.module),
-                remedy="torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-            )
-        )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        import copy
-
         new = object.__new__(type(self))
         memo[id(self)] = new
         for key, value in self.__getstate__().items():
@@ -275,7 +274,7 @@ class Forward:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tree": [], "buckets": {}}
+        return {**self.__dict__, "_tree": [], "_forwards": [], "buckets": {}}
 
 
 def _walk(forward: Forward) -> list[Forward]:
@@ -285,7 +284,3 @@ def _walk(forward: Forward) -> list[Forward]:
         if isinstance(own, Forward) and own.shared is forward.shared:
             found.append(own)
     return found
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

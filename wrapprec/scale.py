@@ -16,7 +16,6 @@ from torch import Tensor
 from wrapprec.errors import PolicyError, message
 from wrapprec.policy import LossScale
 
-
 _LARGEST = 2.0**126
 """Of which the reciprocal is still a normal float32."""
 

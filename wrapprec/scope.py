@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from wrapprec import audit
-from wrapprec.boundary import Border, Enter, Leave, Lend, Recompute
+from wrapprec.border import Border
+from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
-from wrapprec.cast import cast_tree, map_tensors, mend, tensors_in
-from wrapprec.dtypes import LOW, MIXABLE, name
-from wrapprec.errors import ModelChangedError, ScaleLeakError, StepError, message, module_label
+from wrapprec.cast import cast_tree, map_tensors
+from wrapprec.checks import check_inputs, check_weights, version_of
+from wrapprec.dtypes import MIXABLE
+from wrapprec.errors import ScaleLeakError, message
+from wrapprec.escape import mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Weights, lend, originals, take_back
+from wrapprec.recompute import Extent, remember
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -36,7 +39,7 @@ class _Thread(threading.local):
 thread = _Thread()
 """The innermost scope that this thread has open."""
 
-Loan = tuple[nn.Module, Weights, "Weights | None"]
+Loan = tuple[nn.Module, Weights]
 
 
 class Scope:
@@ -44,33 +47,40 @@ class Scope:
 
     Args:
         shared: the wrapped model's state.
-        recomputes: this is a checkpointed block of an earlier scope's inside, run again in backward.
+        part_of: the extent of the earlier scope of whose inside this is a recomputed, checkpointed block; None for a
+            scope of its own.
     """
 
-    def __init__(self, shared: Shared, recomputes: bool) -> None:
+    def __init__(self, shared: Shared, part_of: Extent | None) -> None:
         self.shared = shared
         self.outer = thread.scope
-        self.recomputes = recomputes
+        self.recomputes = part_of is not None
         # The region in force; None until the first is entered.
         self.region: Any = None
         self.done: set[int] = set()
         self.loans: list[Loan] = []
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}
+        # Weights lent as copies, and their versions: forward must not write into them.
+        self.copies: list[tuple[Forward, str, Tensor, int]] = []
         self.inputs: list[tuple[Tensor, Tensor, int]] = []
-        self.sequence = _get_sequence_nr()
-        self.border = self._border()
+        self.extent = Extent()
+        self.grad = torch.is_grad_enabled()
+        # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
+        self.suspended = False
+        self.border = self._border(part_of)
 
-    def _border(self) -> Border | None:
+    def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
-        if scaler is None or not torch.is_grad_enabled():
+        if scaler is None or not self.grad:
             return None
-        if self.recomputes:
-            border: Border | None = scaler.borders.get(torch._C._current_graph_task_id())
-            return border
+        if part_of is not None:
+            entered = list(scaler.borders.get(torch._C._current_graph_task_id(), {}).values())
+            known = next((border for border in entered if border.extent is part_of), None)
+            return None if known is None else known.again(self.extent)
         outer = self.outer
         while outer is not None and outer.border is None:
             outer = outer.outer
-        return Border(scaler, None if outer is None else outer.border)
+        return Border(scaler, None if outer is None else outer.border, self.extent)
 
     # Weights
 
@@ -87,7 +97,11 @@ class Scope:
                 self.done.add(id(forward))
                 weights: Weights = {}
                 for key, param in originals(forward.module).items():
-                    if param is None or isinstance(param, UninitializedTensorMixin):
+                    if param is None:
+                        continue
+                    if is_lazy(param):
+                        # Its module gives it a shape when it is called, just before its forward.
+                        self.done.discard(id(forward))
                         continue
                     dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
                     dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
@@ -99,8 +113,9 @@ class Scope:
                         weights[key] = ready
                     elif frozen is not None:
                         weights[key] = self._freeze(frozen, param, dtype)
-                    elif not border and not (forward.multi_tensor and param.requires_grad):
-                        weights[key] = self.memo[id(param), dtype] = param.to(dtype)
+                    elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
+                        weights[key] = self.memo[id(param), dtype] = copied = param.to(dtype)
+                        self.copies.append((forward, key, copied, version_of(copied)))
                     else:
                         bucket = self._bucket(forward, key, tree)
                         groups.setdefault(id(bucket), (bucket, []))[1].append((forward, key, param, dtype))
@@ -109,7 +124,9 @@ class Scope:
             for bucket, entries in groups.values():
                 self._lend_bucket(bucket, entries, lent)
         for forward, weights in lent.values():
-            self.loans.append((forward.module, weights, lend(forward.module, weights)))
+            # Noted first, so that an interrupt in between leaves nothing lent.
+            self.loans.append((forward.module, weights))
+            lend(forward.module, weights)
 
     def _lend_bucket(
         self,
@@ -125,6 +142,8 @@ class Scope:
         for forward, key, param, dtype in entries:
             weight = self.memo[id(param), dtype]
             lent.setdefault(id(forward), (forward, {}))[1][key] = weight
+            if dtype is not None:
+                self.copies.append((forward, key, weight, version_of(weight)))
             if self.shared.diagnosis is not None:
                 self.shared.diagnosis.watch_weight(forward.name, key, weight)
 
@@ -152,7 +171,7 @@ class Scope:
             return tree
 
         def cross(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad or tensor.dtype not in MIXABLE:
+            if not tensor.requires_grad:
                 return tensor
             inside: Tensor = Enter.apply(tensor, border)
             self.inputs.append((tensor, inside, inside._version))
@@ -160,105 +179,50 @@ class Scope:
 
         return map_tensors(cross, tree)
 
-    def leave(self, forward: Forward, out: Any, given: Any) -> Any:
+    def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
+        check_weights(self.copies)
         border = self.border
+        scaler = self.shared.scaler
         if self.recomputes:
-            return out if border is None else map_tensors(_once(lambda t: Recompute.apply(t, border)), out)
+            return out if border is None else map_tensors(once(lambda t: Recompute.apply(t, border)), out)
         dtype = forward.output_dtype
         if dtype is not None:
             out = cast_tree(out, dtype)
-        if border is None:
+        if border is None or scaler is None:
             return out
-        for before, inside, version in self.inputs:
-            if inside._version != version and before.requires_grad:
-                raise ModelChangedError(
-                    message(
-                        "a model that leaves its inputs as they are, or inputs that require no gradient",
-                        f"an input of shape {tuple(before.shape)} that requires grad and was modified in place in forward",
-                        where=module_label(forward.name, forward.module),
-                        remedy="pass a copy: model(x.clone())",
-                    )
-                )
-        start = self.sequence
-
-        def cross(tensor: Tensor) -> Tensor:
-            node = tensor.grad_fn
-            if node is None or not _is_new(node, start):
-                # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
-                return tensor
-            left: Tensor = Leave.apply(tensor, border)
-            return left
-
-        once = _once(cross)
-        out = map_tensors(once, out)
-        out = _mend_opaque(once, out)
-        _mend_opaque(once, given)
+        check_inputs(self.inputs, forward)
+        cross = once(lambda tensor: _cross(tensor, border, self.extent.first))
+        out = mend_opaque(cross, map_tensors(cross, out))
+        mend_given(cross, *given)
         for below in forward.tree():
-            _mend_attributes(once, below.module)
-        audit.prepare(self.shared.schedule, forward, out)
+            mend_attributes(cross, below.module)
+        audit.prepare(self.shared.schedule, scaler, forward, out)
         return out
 
     def close(self) -> None:
-        """Put everything back."""
+        """Put everything back; called again after an interrupt, it goes on where it was."""
+        while self.loans:
+            take_back(*self.loans[-1])
+            self.loans.pop()
+        self.extent.end()
+        if self.suspended and self.border is None and not self.recomputes:
+            remember(self.shared, self.extent)
         thread.scope = self.outer
-        for module, weights, before in reversed(self.loans):
-            take_back(module, weights, before)
-        self.loans.clear()
 
 
-def _is_new(node: Any, start: int) -> bool:
-    return bool(node._sequence_nr() >= start)
-
-
-def _once(fn: Any) -> Any:
-    """Apply `fn` once to each tensor that requires grad, and give equal results for the same tensor."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    results: set[int] = set()
-
-    def apply(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad or not tensor.is_floating_point() or id(tensor) in results:
-            return tensor
-        if id(tensor) not in made:
-            result = fn(tensor)
-            made[id(tensor)] = tensor, result
-            results.add(id(result))
-        return made[id(tensor)][1]
-
-    return apply
-
-
-_PLAIN = (Tensor, nn.Module, str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
-
-
-def _mend_opaque(fn: Any, tree: Any) -> Any:
-    """Put the border on tensors inside containers and objects, in place; plain tensors were dealt with already."""
-    if isinstance(tree, tuple) and all(isinstance(item, _PLAIN) for item in tree):
-        return tree
-    return tree if isinstance(tree, _PLAIN) else mend(fn, tree)
-
-
-_CONTAINERS = (list, tuple, dict, set)
-
-
-def _mend_attributes(fn: Any, module: nn.Module) -> None:
-    """Put the border on tensors that forward left in the attributes or buffers of `module`."""
-    own = module.__dict__
-    for key, value in own.items():
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                own[key] = fn(value)
-        elif isinstance(value, _CONTAINERS) and value and key not in _MODULE_TABLES:
-            after = mend(fn, value)
-            if after is not value:
-                own[key] = after
-    buffers = own["_buffers"]
-    for key, value in buffers.items():
-        if value is not None and value.requires_grad:
-            buffers[key] = fn(value)
-
-
-_MODULE_TABLES = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights"}
+def _cross(tensor: Tensor, border: Border, start: int) -> Tensor:
+    """Put the border on a tensor that was made inside, unless `leave` has done so."""
+    node = tensor.grad_fn
+    # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
+    if node is None or node._sequence_nr() < start:
+        return tensor
+    if isinstance(node, Leave._backward_cls) and node.border is border:  # type: ignore[attr-defined]
+        return tensor
+    # In float16 the true gradient would underflow before it is scaled.
+    wide = tensor.float() if tensor.dtype is torch.float16 else tensor
+    left: Tensor = Leave.apply(wide, border)
+    return left
 
 
 def leave(tensor: Tensor) -> Tensor:
@@ -283,56 +247,29 @@ def leave(tensor: Tensor) -> Tensor:
     if not tensor.requires_grad:
         return tensor
     scope = thread.scope
-    if scope is not None:
-        return tensor if scope.border is None else Leave.apply(tensor, scope.border)
-    borders = audit.borders_below(tensor)
-    if len({id(border.scale) for border in borders}) > 1:
+    if scope is None:
+        return _leave_behind(tensor)
+    while scope is not None:
+        if scope.border is not None and not scope.recomputes:
+            tensor = _cross(tensor, scope.border, scope.extent.first)
+        scope = scope.outer
+    return tensor
+
+
+def _leave_behind(tensor: Tensor) -> Tensor:
+    """`leave` after forward: the graph tells the border."""
+    borders, crossed = audit.borders_below(tensor)
+    factors = [border for i, border in enumerate(borders) if not any(border.same_factor(b) for b in borders[:i])]
+    if len(factors) > 1 or (factors and crossed):
         raise ScaleLeakError(
             message(
                 "a tensor from inside one forward of one wrapped model",
-                f"a tensor of shape {tuple(tensor.shape)} that depends on {len(borders)} of them",
+                f"a tensor of shape {tuple(tensor.shape)} that depends on several, or on outputs too",
                 remedy="call wrapprec.leave on each activation where it is collected, inside forward",
             )
         )
-    return Leave.apply(tensor, borders[0]) if borders else tensor
-
-
-def check_pending(shared: Shared) -> None:
-    """Raise for an overflow that no patched step could take notice of.
-
-    Raises:
-        StepError: gradients of a backward before held inf or nan and the weights were, or will be, stepped elsewhere.
-    """
-    orphans = [b for b in shared.pending() if not _alive(b) or b.changed()]
-    if not orphans:
-        return
-    found = torch.stack([b.found for b in orphans if b.found is not None]).amax()
-    for bucket in orphans:
-        bucket.forget()
-    if shared.backend.read(found)[0]:
-        if shared.scaler is not None:
-            shared.scaler.settle()
-        raise StepError(
-            message(
-                "an optimizer whose step wrapprec can skip",
-                "gradients with inf or nan, and an optimizer that wrapprec does not know (none was given to wrap, or it"
-                " was rebuilt or copied since)",
-                remedy="call handle.attach(optimizer) once it exists",
-            )
-        )
-
-
-def _alive(bucket: Bucket) -> bool:
-    return any(owner.alive for owner in bucket.owners)
-
-
-def check_dtype(forward: Forward, key: str, param: Tensor) -> str | None:
-    """Say what is wrong with a parameter that is trained in low precision under a mixed policy, or None."""
-    if param.dtype not in LOW or not param.requires_grad:
-        return None
-    return message(
-        "trainable parameters in float32 under a mixed policy",
-        f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",
-        where=module_label(forward.name, forward.module),
-        remedy="call model.float() before the optimizer is built, or use the policy 'bf16-true'",
-    )
+    border = factors[0] if factors else None
+    while border is not None:
+        tensor = Leave.apply(tensor.float() if tensor.dtype is torch.float16 else tensor, border)
+        border = border.outer
+    return tensor

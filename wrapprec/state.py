@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from wrapprec.audit import Schedule
 from wrapprec.bucket import Bucket
@@ -140,11 +140,12 @@ class Shared:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owners": [], "buckets": [], "retired": [], **dict.fromkeys(_NOT_COPIED)}
+        lists: dict[str, Any] = {"owners": [], "buckets": [], "retired": [], "ids": set()}
+        return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 
 _NOT_COPIED = ("root", "frozen", "diagnosis", "undo", "handle")
 
 
 def _elements(param: Tensor) -> int:
-    return 0 if isinstance(param, UninitializedTensorMixin) else param.numel()
+    return 0 if is_lazy(param) else param.numel()

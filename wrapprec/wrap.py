@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from wrapprec.errors import message
-from wrapprec.handle import Handle, require_wrapped
+from wrapprec.errors import NotWrappedError, message
+from wrapprec.handle import Handle
+from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
 from wrapprec.policy import Policy
 from wrapprec.region import Forward
@@ -38,8 +39,10 @@ def wrap(
         optimizer: one, several, or None for inference or a later `handle.attach`.
         policy: a preset (`bf16-mixed`, `16-mixed`, `bf16-module`, `16-module`, `32-true`, ...), a jmp string such as
             ``params=float32,compute=bfloat16``, a `Policy`, or `auto`: by device, with the reason in the plan.
-        rules: further `Rule` objects, or ``(select, precision)`` pairs; the deepest matched module decides, then the last.
-        loss_scale: None leaves it to the policy; a number is a static scale; ``"dynamic"``, ``"none"`` or a `LossScale`.
+        rules: further `Rule` objects, or ``(select, precision)`` pairs; the deepest matched module decides, then the
+            last.
+        loss_scale: None leaves it to the policy; a number is a static scale; ``"dynamic"``, ``"none"`` or a
+            `LossScale`.
         scheduler: an LRScheduler, or several, held on skipped steps (one host read a step).
         enabled: False returns a handle that does nothing, for scripts with a flag.
 
@@ -50,6 +53,7 @@ def wrap(
         PolicyError: the policy, a rule or the scale does not fit; nothing is changed then.
         AlreadyWrappedError: the model, or a part of it, is wrapped.
         TypeError: model or optimizer is something else.
+        ValueError: the scheduler belongs to none of the optimizers.
 
     >>> model = nn.Linear(4, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -60,6 +64,9 @@ def wrap(
     """
     models = _sequence(model, nn.Module, "model")
     optimizers = [] if optimizer is None else _sequence(optimizer, Optimizer, "optimizer")
+    schedulers = [] if scheduler is None else _list(scheduler)
+    for one_scheduler in schedulers:
+        check_scheduler(one_scheduler, optimizers)
     if not enabled:
         return Handle([], UndoStack())
     request = Request(policy, tuple(rules), loss_scale)
@@ -71,7 +78,6 @@ def wrap(
             shared.undo = undo
             installed.append(shared)
         handle = Handle(installed, undo)
-        schedulers = [] if scheduler is None else _list(scheduler)
         for one_optimizer in optimizers:
             mine = [s for s in schedulers if getattr(s, "optimizer", one_optimizer) is one_optimizer]
             handle.attach(one_optimizer)
@@ -98,7 +104,16 @@ def unwrap(model: nn.Module) -> None:
     >>> handle_of(model) is None
     True
     """
-    require_wrapped(model, handle_of(model)).unwrap()
+    handle = handle_of(model)
+    if handle is None:
+        raise NotWrappedError(
+            message(
+                "a wrapped model",
+                f"a {type(model).__name__} that is not wrapped",
+                remedy="call wrapprec.wrap(model, optimizer, policy) first",
+            )
+        )
+    handle.unwrap()
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -117,7 +132,8 @@ def handle_of(model: nn.Module) -> Handle | None:
             if shared.handle is None:
                 shared.undo = adopt(module)
                 return Handle([shared], shared.undo)
-            return shared.handle
+            found: Handle = shared.handle
+            return found
     return None
 
 
@@ -131,7 +147,7 @@ def _sequence(value: Any, kind: type, what: str) -> list[Any]:
         if not isinstance(one, kind):
             raise TypeError(
                 message(
-                    f"{what} to be a {kind.__module__.removesuffix('.module').removesuffix('.optimizer')}.{kind.__name__},"
+                    f"{what} to be a {'torch.nn.Module' if kind is nn.Module else 'torch.optim.Optimizer'},"
                     " or a sequence of them",
                     f"{one!r} (of type {type(one).__name__})",
                     remedy=f"wrap(model, optimizer, policy) takes the {what} object itself",

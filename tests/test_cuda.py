@@ -1,0 +1,91 @@
+"""The core on a CUDA device: skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from wrapprec import LossScale, resolve, wrap
+
+pytestmark = pytest.mark.cuda
+
+POLICIES = ["16-mixed", "bf16-mixed", "16-module", "bf16-module"]
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, 16)).cuda()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_five_lines_follow_float32_on_cuda(policy, form):
+    x, y = torch.randn(32, 64, device="cuda"), torch.randint(0, 16, (32,), device="cuda")
+    losses = []
+    for wrapped in (False, True):
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **form)
+        if wrapped:
+            wrap(model, optimizer, policy)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    # 20 steps of 2**-9 relative rounding each.
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
+def test_fused_step_never_waits_for_the_device(policy):
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    wrap(model, optimizer, policy, loss_scale=LossScale(init_scale=1024.0))
+    x, y = torch.randn(32, 64, device="cuda"), torch.randint(0, 16, (32,), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}])
+def test_overflow_skips_and_lowers_the_scale_on_cuda(form):
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **form)
+    handle = wrap(model, optimizer, "16-mixed", loss_scale=LossScale(init_scale=2.0**24))
+    before = [p.detach().clone() for p in model.parameters()]
+    (model(torch.randn(32, 64, device="cuda")).sum() * 1e4).backward()
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    optimizer.step()
+    assert handle.step_was_skipped and handle.scale == 2.0**23
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_auto_takes_bfloat16_where_the_device_has_it():
+    plan = resolve(make())
+    has = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert str(plan.policy) == ("bf16-mixed" if has else "16-mixed") and plan.reason
+
+
+def test_model_moved_after_wrap_takes_its_scale_along():
+    model = make().cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wrap(model, optimizer, "16-mixed", loss_scale=LossScale(init_scale=2.0**7))
+    model.cuda()
+    model(torch.randn(8, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    assert handle.scale == 2.0**7 and handle.plan.device.startswith("cuda")

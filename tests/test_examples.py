@@ -1,0 +1,93 @@
+"""Every example runs at small size, as a user runs it: a program of its own, whose output says what it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="only a checkout has the examples")
+
+
+def _command(name: str, *arguments: str) -> list[str]:
+    # Warnings of wrapprec about a policy are the examples' to show, others are mistakes of theirs.
+    return [sys.executable, "-W", "error::DeprecationWarning:__main__", str(EXAMPLES / name), "--small", *arguments]
+
+
+def _run(folder: Path, name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        _command(name, *arguments), cwd=folder, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == {"quickstart.py", "per_module_policy.py", "gan.py", "gpt.py", "benchmark.py"}
+
+
+def test_quickstart_prints_plan_table_and_the_one_line_diff(tmp_path: Path) -> None:
+    out = _run(tmp_path, "quickstart.py")
+    assert "default: normalisation" in out
+    for way in ("plain FP32", "torch.amp by hand", "wrapprec"):
+        row = re.search(rf"│ {re.escape(way)} +│ +[\d.]+% │ +[\d.]+ │ +(\d+ MB|-) │ +0 │", out)
+        assert row, out
+    diff = out.partition("The one-line diff")[2]
+    changed = [line.rstrip() for line in diff.splitlines() if line.startswith(("+", "-"))]
+    assert changed == ["+handle = wrapprec.wrap(model, optimizer, policy)"]
+
+
+@pytest.mark.parametrize("policy", ["bf16-module", "16-mixed"])
+def test_per_module_policy_shows_errors_and_plan(tmp_path: Path, policy: str) -> None:
+    out = _run(tmp_path, "per_module_policy.py", "--policy", policy)
+    errors = [float(value) for value in re.findall(r"\d\.\de[-+]\d\d", out)]
+    assert len(errors) == 5
+    assert errors[-1] <= errors[0] < 0.1  # every Linear in float32, against none; eight bits of mantissa or more
+    assert 'rule 2: "head"' in out
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-module"])
+def test_gan_trains_two_models_with_a_scale_each(tmp_path: Path, policy: str) -> None:
+    out = _run(tmp_path, "gan.py", "--policy", policy)
+    scales = re.findall(r"loss scales (\S+), (\S+)", out)[-1]
+    assert scales == (("1", "1") if policy == "bf16-mixed" else ("65536", "65536"))
+    assert "nan" not in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to one process there")
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed"])
+def test_gpt_that_was_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, policy: str) -> None:
+    arguments = ["--policy", policy, "--steps", "240"]
+    whole = _run(tmp_path, "gpt.py", *arguments, "--checkpoint", "whole.pt")
+    with subprocess.Popen(
+        _command("gpt.py", *arguments, "--checkpoint", "parts.pt"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.startswith("step    20"):
+                running.send_signal(signal.SIGINT)
+            last = line
+    assert last.startswith("stopped after step"), last
+    resumed = _run(tmp_path, "gpt.py", *arguments, "--checkpoint", "parts.pt", "--resume")
+    assert "resumed after step" in resumed
+    ends = [out.partition("fingerprint")[2] for out in (whole, resumed)]
+    assert len(ends[0]) > 40  # the hash, and the text that was written after it
+    assert ends[0] == ends[1]
+
+
+def test_benchmark_writes_ratios_with_intervals_and_the_machine(tmp_path: Path) -> None:
+    _run(tmp_path, "benchmark.py", "--jobs", "gpt", "--processes", "0")
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {"cpu", "cores", "torch", "wrapprec", "date"} <= set(report["machine"])
+    for row in report["gpt"]["time"].values():
+        low, high = row["interval"]
+        assert low <= row["ratio"] <= high
+    assert report["gpt"]["time"]["autocast"]["ratio"] == 1.0

@@ -1,0 +1,85 @@
+"""The border of one opened scope: which scale it was opened under, and which backwards have crossed it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wrapprec.errors import ScaleLeakError, message
+from wrapprec.scale import Scaler
+
+if TYPE_CHECKING:
+    from wrapprec.recompute import Extent
+
+_REMEMBERED_BACKWARDS = 64
+
+
+_backwards: dict[int, weakref.WeakSet[Scaler]] = {}
+"""The scales that took part in the latest backwards, by graph task."""
+
+
+def _trim(by_task: dict[int, Any]) -> None:
+    # A backward that raised never says that it ended, so entries go by age; task ids are not used twice.
+    if len(by_task) > _REMEMBERED_BACKWARDS:
+        for task in list(by_task)[:-_REMEMBERED_BACKWARDS]:
+            by_task.pop(task, None)  # another thread may have been faster
+
+
+class Border:
+    """The border of one opened scope, with the scale it was opened under.
+
+    Args:
+        scaler: the wrapped model's loss scale; its value now is this border's S.
+        outer: the border of the scope in which this one was opened: its S divides the lent weights' gradients too.
+        extent: when the scope was open.
+    """
+
+    def __init__(self, scaler: Scaler, outer: Border | None = None, extent: Extent | None = None) -> None:
+        self.scaler = scaler
+        self.outer = outer
+        self.extent = extent
+        self.scale = scaler.scale
+        self.total: Tensor = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
+
+    def again(self, extent: Extent) -> Border:
+        """The same border, for the scope of a recomputation."""
+        border = copy.copy(self)
+        border.extent = extent
+        return border
+
+    def enter_backward(self) -> None:
+        """Remember that the running backward has come inside through this border."""
+        task = torch._C._current_graph_task_id()
+        self.scaler.begin(task, _backwards.setdefault(task, weakref.WeakSet()))
+        self.scaler.borders.setdefault(task, {})[id(self)] = self
+        _trim(self.scaler.borders)
+        _trim(_backwards)
+
+    def leave_backward(self, what: str) -> None:
+        """Raise unless the running backward came inside through a border: else 1/S would be applied to a true gradient.
+
+        Raises:
+            ScaleLeakError: the gradient got inside past every border.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self.scaler.borders:
+            raise ScaleLeakError(
+                message(
+                    "a gradient that entered the wrapped model through its outputs",
+                    f"a gradient that reached {what} without crossing the model's loss-scale border",
+                    remedy="call backward outside forward, and pass tensors that leave forward by another way than its"
+                    " outputs (hooks, closures, globals) through wrapprec.leave(tensor)",
+                )
+            )
+
+    def same_factor(self, other: Border | None) -> bool:
+        """Gradients inside both are multiplied by the same number."""
+        if other is None or other.scale is not self.scale:
+            return False
+        if self.outer is None or other.outer is None:
+            return self.outer is other.outer
+        return self.outer.same_factor(other.outer)

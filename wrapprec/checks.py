@@ -1,0 +1,128 @@
+"""Refuses what would make training wrong: overflow nobody can act on, half-precision weights, writes that get lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wrapprec.bucket import Bucket
+from wrapprec.dtypes import LOW, name
+from wrapprec.errors import ModelChangedError, StepError, WrapprecWarning, message, module_label
+
+if TYPE_CHECKING:
+    from wrapprec.region import Forward
+    from wrapprec.state import Shared
+
+
+def check_pending(shared: Shared) -> None:
+    """Raise for an overflow that no patched step could take notice of.
+
+    Raises:
+        StepError: gradients of a backward before held inf or nan and the weights were, or will be, stepped elsewhere.
+    """
+    orphans = [b for b in shared.pending() if not _alive(b) or b.changed()]
+    if not orphans:
+        return
+    found = torch.stack([b.found for b in orphans if b.found is not None]).amax()
+    for bucket in orphans:
+        bucket.forget()
+    if shared.backend.read(found)[0]:
+        if shared.scaler is not None:
+            shared.scaler.settle()
+        raise StepError(
+            message(
+                "an optimizer whose step wrapprec can skip",
+                "gradients with inf or nan, and an optimizer that wrapprec does not know (none was given to wrap, or it"
+                " was rebuilt or copied since)",
+                remedy="call handle.attach(optimizer) once it exists",
+            )
+        )
+
+
+def _alive(bucket: Bucket) -> bool:
+    return any(owner.alive for owner in bucket.owners)
+
+
+def check_dtype(forward: Forward, key: str, param: Tensor) -> str | None:
+    """Say what is wrong with a parameter that is trained in low precision under a mixed policy, or None."""
+    if param.dtype not in LOW or not param.requires_grad:
+        return None
+    return message(
+        "trainable parameters in float32 under a mixed policy",
+        f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",
+        where=module_label(forward.name, forward.module),
+        remedy="call model.float() before the optimizer is built, or use the policy 'bf16-true'",
+    )
+
+
+def check_inputs(inputs: Iterable[tuple[Tensor, Tensor, int]], forward: Forward) -> None:
+    """Refuse a write into an input that requires grad: the tensor that the caller holds would miss its gradient.
+
+    Args:
+        inputs: what was given, what forward got, and its version then.
+        forward: of the module that opened the scope.
+
+    Raises:
+        ModelChangedError: forward wrote into one.
+    """
+    for given, inside, version in inputs:
+        if inside._version != version:
+            raise ModelChangedError(
+                message(
+                    "a model that leaves its inputs as they are, or inputs that require no gradient",
+                    f"an input of shape {tuple(given.shape)} that requires grad and was modified in place in forward",
+                    where=module_label(forward.name, forward.module),
+                    remedy="pass a copy: model(x.clone())",
+                )
+            )
+
+
+def check_weights(copies: Iterable[tuple[Forward, str, Tensor, int]]) -> None:
+    """Refuse a write into a weight that was lent as a copy: it would be lost.
+
+    Args:
+        copies: by module and parameter name, what was lent, and its version then.
+
+    Raises:
+        ModelChangedError: forward wrote into one.
+    """
+    for forward, key, weight, version in copies:
+        if version_of(weight) != version:
+            raise ModelChangedError(
+                message(
+                    "a forward that does not change its weights",
+                    f"parameter {key!r}, lent as a copy in {name(weight.dtype)}, that was modified in place, so that"
+                    " the change would be lost",
+                    where=module_label(forward.name, forward.module),
+                    remedy=f'add rules=[Rule("{forward.name}", "float32")], or change the weight outside forward',
+                )
+            )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was modified in place; 0 for an inference tensor, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def warn_of_autocast(forward: Forward) -> None:
+    """Say once that the plan wins over the user's own autocast around the model."""
+    shared = forward.shared
+    device_type = shared.device.type
+    if "autocast" in shared.warned or not torch.is_autocast_enabled(device_type):
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    precision = shared.plan.policy.precision
+    if precision.casting == "op" and precision.compute_dtype == dtype:
+        return
+    shared.warned.add("autocast")
+    text = message(
+        "a wrapped model to be called without torch.autocast around it",
+        f"torch.autocast({device_type!r}, {dtype}) around a model wrapped with {shared.plan.policy}",
+        where=module_label(forward.name, forward.module),
+        remedy="take the autocast away; inside the model the plan decides",
+    )
+    warnings.warn(text, WrapprecWarning, stacklevel=6)

@@ -1,0 +1,84 @@
+"""Finds the tensors that leave a scope by other ways than its outputs: inside objects, and as module attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrapprec.cast import mend
+
+_CONTAINERS = (list, tuple, dict, set)
+_ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
+_PLAIN = (Tensor, nn.Module, *_ATOMS)
+_NOT_SEARCHED = frozenset(nn.Module().__dict__) | {
+    "forward",
+    "_flat_weights",
+    "_flat_weight_refs",
+    "_flat_weights_names",
+    "_all_weights",
+}
+
+
+def once(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply `fn` once to each floating tensor that requires grad, and give equal results for the same tensor."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    results: set[int] = set()
+
+    def apply(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad or id(tensor) in results:
+            return tensor
+        if id(tensor) not in made:
+            result = fn(tensor)
+            made[id(tensor)] = tensor, result
+            results.add(id(result))
+        return made[id(tensor)][1]
+
+    return apply
+
+
+def _is_plain(value: Any) -> bool:
+    """Nothing in it but tensors and atoms at its first levels: there is nothing that a tree walk has not seen."""
+    if isinstance(value, _PLAIN):
+        return True
+    if type(value) in (tuple, list):
+        return all(isinstance(item, _PLAIN) or _is_plain(item) for item in value)
+    return type(value) is dict and all(isinstance(item, _PLAIN) or _is_plain(item) for item in value.values())
+
+
+def mend_opaque(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Replace the tensors inside an output's containers and objects, in place; plain trees were dealt with already."""
+    return tree if _is_plain(tree) else mend(fn, tree)
+
+
+def mend_given(fn: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Replace the tensors that forward has put into objects and containers that were passed in, in place."""
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, _PLAIN):
+            mend(fn, value)
+
+
+def mend_attributes(fn: Callable[[Tensor], Tensor], module: nn.Module) -> None:
+    """Replace the tensors that forward left in the attributes or buffers of `module`."""
+    own = module.__dict__
+    for key in own.keys() - _NOT_SEARCHED:
+        value = own[key]
+        if isinstance(value, _ATOMS):
+            continue
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                own[key] = fn(value)
+        elif isinstance(value, _CONTAINERS) and any(not isinstance(item, _ATOMS) for item in _items(value)):
+            after = mend(fn, value)
+            if after is not value:
+                own[key] = after
+    buffers = own["_buffers"]
+    for key, value in buffers.items():
+        if value is not None and value.requires_grad:
+            buffers[key] = fn(value)
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value

@@ -1,0 +1,43 @@
+"""Puts a function in place of an optimizer's method, without keeping alive an optimizer that is rebuilt later."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from wrapprec.undo import ABSENT, UndoStack
+
+
+def function_of(method: Any) -> Any:
+    """The function of a bound method, or what it is given."""
+    return getattr(method, "__func__", method)
+
+
+def patch(optimizer: Optimizer, name: str, function: Callable[..., Any], undo: UndoStack) -> None:
+    """Set a method on the instance.
+
+    It must be a function bound as a method: ``LRScheduler.__init__`` reads ``step.__func__`` and binds it again.
+
+    Args:
+        optimizer: it is not kept alive, neither here nor by `undo`.
+        name: of the method.
+        function: takes the optimizer first.
+        undo: puts the method back, unless somebody has replaced ours since.
+    """
+    ref, before = weakref.ref(optimizer), optimizer.__dict__.get(name, ABSENT)
+    optimizer.__dict__[name] = types.MethodType(function, optimizer)
+
+    def put_back() -> None:
+        alive = ref()
+        if alive is None or function_of(alive.__dict__.get(name)) is not function:
+            return
+        if before is ABSENT:
+            del alive.__dict__[name]
+        else:
+            alive.__dict__[name] = before
+
+    undo.push(put_back)
