@@ -99,7 +99,7 @@ def test_inf_in_backward_alone_names_the_place_and_says_that_a_lower_scale_could
         model.middle.gradient = math.inf
 
     text = text_of(policy, spoil, fused=fused)
-    assert "forward is finite, but the gradient of the output of module \"first" in text
+    assert 'forward is finite, but the gradient of the output of module "first' in text
     assert "a lower loss scale could help" in text
 
 

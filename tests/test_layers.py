@@ -21,7 +21,7 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist",
     "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
-    "state": "lent bucket scale border boundary audit diagnose state",
+    "state": "current lent bucket scale border boundary audit diagnose state",
     "effects": "writes escape checks recompute scope island traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",
@@ -34,15 +34,12 @@ MAY_IMPORT: dict[str, str] = {
     "choice": "leaves values wants",
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
-    "step": "leaves choice state",
+    "step": "leaves state",
     "wrap": "leaves values wants choice state effects step",
     "package": "leaves wants choice effects wrap",
 }
 # Edges against the order, each inside a function, each with the reason why it is still there.
-AGAINST: dict[tuple[str, str], str] = {
-    ("region", "install"): "a model that changed after wrap is taken up at its next forward",
-    ("audit", "scope"): "an audit asks whether the backward was called inside a forward",
-}
+AGAINST: dict[tuple[str, str], str] = {}
 
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 POSITION = {module: number for number, module in enumerate(LAYER_OF)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,7 +61,6 @@ def _is_named_norm(module: nn.Module) -> bool:
     return all(p is None or is_lazy(p) or p.dim() <= 1 for p in module._parameters.values())
 
 
-@functools.lru_cache(maxsize=512)
 def _scatters_by_class(kind: Any) -> bool:
     """PyG's and torch-scatter's classes, known by name: neither package is imported for this."""
     for base in kind.__mro__:
@@ -153,10 +152,15 @@ def scatter_note(module: nn.Module) -> str | None:
     True
     """
     kind: Any = type(module)
-    return _scatter_note(kind)
+    if kind not in _notes:
+        _notes[kind] = _scatter_note(kind)
+    return _notes[kind]
 
 
-@functools.lru_cache(maxsize=512)
+_notes: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+"""By class, weakly: torch makes classes on the fly (parametrizations) that hold their module."""
+
+
 def _scatter_note(kind: Any) -> str | None:
     if kind.__module__.startswith("torch.nn.modules."):
         return None

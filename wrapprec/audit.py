@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Leave, Lend, Return, ScaleDown, ScaleUp
+from wrapprec.current import thread
 from wrapprec.errors import ScaleLeakError, message, module_label
 from wrapprec.lent import originals
 from wrapprec.scale import Scaler
@@ -103,8 +104,6 @@ def _shape(out: Any) -> Any:
 
 @functools.wraps(_real)
 def _audited(roots: Any, *args: Any, **kwargs: Any) -> Any:
-    from wrapprec.scope import thread
-
     # A graph inside forward is inside all along; the borders themselves notice a gradient that leaves it.
     if thread.scope is None and torch._C._current_graph_task_id() == -1:
         # Positions as in torch.autograd.backward and grad: grad_tensors, retain_graph, create_graph, inputs.

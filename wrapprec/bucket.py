@@ -26,7 +26,7 @@ class Bucket:
         self.owners = owners
         self.multi_tensor = multi_tensor
         # 1.0 when backward saw inf or nan. One tensor for the bucket's life: compiled graphs write it in place.
-        self.found = None if device is None else torch.zeros((), device=device)
+        self.found = None if device is None else torch.zeros((), dtype=torch.float32, device=device)
         self.pending = False
         self._reset()
 

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
+from wrapprec.current import thread
 from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.resume import load_scales
-from wrapprec.scope import thread
 from wrapprec.state import Shared
 from wrapprec.step import Stepper
 from wrapprec.undo import UndoStack

@@ -38,6 +38,9 @@ def _is_cast_by_autocast(module: nn.Module) -> bool:
     return owner.__module__.startswith("torch.nn.modules.")
 
 
+_said: set[str] = set()
+"""Advice that was given in this process: once is enough, the plan repeats it."""
+
 _FLOAT32 = Precision(torch.float32, torch.float32, torch.float32)
 
 
@@ -61,6 +64,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     plan = _resolve(model, request)
     device = torch.device(plan.device)
     shared = Shared(model, request, plan, backend_for(device), device)
+    shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
     _place(model, shared, undo)
     for forward in model.__dict__["forward"].tree():
@@ -70,7 +74,9 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
                 raise PolicyError(problem)
     shared.partition(model.__dict__["forward"].tree())
     for note in plan.notes:
-        warnings.warn(note, WrapprecWarning, stacklevel=4)
+        if note not in _said:
+            _said.add(note)
+            warnings.warn(note, WrapprecWarning, stacklevel=4)
     return shared
 
 

@@ -20,12 +20,13 @@ from torch import nn
 from wrapprec import traced
 from wrapprec.cast import cast_tree
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast
+from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.lent import rnn_turn
 from wrapprec.mismatch import mismatch
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
-from wrapprec.scope import Scope, thread
+from wrapprec.scope import Scope
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
 
@@ -254,10 +255,8 @@ class Forward:
                     if problem is not None:
                         raise ModelChangedError(problem)
         if stale or (device is not None and device != shared.device and device.type != "meta"):
-            from wrapprec.install import refresh
-
             with _changing:
-                refresh(self)
+                shared.refresh(self)
         for owner in shared.owners:
             # Parameters that `add_param_group` brought since: the buckets are made anew.
             owner.owned()

@@ -33,14 +33,14 @@ class Scaler:
         self.config = config
         self.device = device
         self.scale = torch.full((), min(config.init_scale, _LARGEST), dtype=torch.float32, device=device)
-        self.growth_tracker = torch.zeros((), device=device)
-        self.hysteresis = torch.full((), float(config.hysteresis), device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.float32, device=device)
+        self.hysteresis = torch.full((), float(config.hysteresis), dtype=torch.float32, device=device)
         # Overflows in a row at the lowest scale: what `NonFiniteError` counts.
-        self.consecutive = torch.zeros((), device=device)
+        self.consecutive = torch.zeros((), dtype=torch.float32, device=device)
         # Overflow seen in backward and not counted yet. One tensor for good: compiled graphs write it in place.
-        self.seen = torch.zeros((), device=device)
+        self.seen = torch.zeros((), dtype=torch.float32, device=device)
         # 1.0 when an overflow of the running or latest backward has been counted: it is counted once.
-        self.counted = torch.zeros((), device=device)
+        self.counted = torch.zeros((), dtype=torch.float32, device=device)
         # The border through which each running backward came inside, by graph task: what a recomputation must use.
         self.borders: dict[int, Any] = {}
         # A backward came since the last update; the scale changes at most once between two backwards.
@@ -190,7 +190,7 @@ class Scaler:
         }
         self.config = config
         for name, number in numbers.items():
-            setattr(self, name, torch.full((), number, device=self.device))
+            setattr(self, name, torch.full((), number, dtype=torch.float32, device=self.device))
         self.touched = self.begun = self.judged = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ closes it. The scope owns all that concerns the border with the user's loop; `re
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
 from wrapprec.cast import cast_tree, map_tensors
 from wrapprec.checks import check_inputs, check_weights, version_of
+from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.escape import mend_attributes, mend_given, mend_opaque, once
@@ -28,16 +28,6 @@ from wrapprec.recompute import Extent, remember
 if TYPE_CHECKING:
     from wrapprec.region import Forward
     from wrapprec.state import Shared
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        # In the instance's own dict from the start: dynamo guards on whether it is there.
-        self.scope: Scope | None = None
-
-
-thread = _Thread()
-"""The innermost scope that this thread has open."""
 
 Loan = tuple[nn.Module, Weights]
 

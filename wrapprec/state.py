@@ -61,6 +61,8 @@ class Shared:
         self.warned: set[str] = set()
         self.undo: Any = None
         self.handle: Any = None
+        # Takes up what changed below a Forward; `install` puts it here.
+        self.refresh: Any = None
 
     @property
     def mixed(self) -> bool:
@@ -105,7 +107,7 @@ class Shared:
         self.buckets = []
         self.ids = set()
         for forward in tree:
-            forward.buckets = {}
+            buckets: dict[str, Bucket] = {}
             if lending.bucket_elements == 0:
                 open_buckets.clear()
             for name, param in originals(forward.module).items():
@@ -118,8 +120,10 @@ class Shared:
                 if bucket is None or size > lending.bucket_elements > 0:
                     bucket, size = Bucket(owners, lending.multi_tensor, device), 0
                     self.buckets.append(bucket)
-                forward.buckets[name] = bucket
+                buckets[name] = bucket
                 open_buckets[key] = bucket, size + _elements(param)
+            # At once: another thread may be lending.
+            forward.buckets = buckets
 
     def pending(self) -> list[Bucket]:
         """The buckets whose gradients came back since they were last stepped or zeroed.

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from wrapprec.cast import cast_tree, map_tensors
+from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
-from wrapprec.scope import thread
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -102,7 +102,8 @@ def _crossed(tensor: Tensor, factor: Tensor) -> Tensor:
 def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> None:
     memo: dict[tuple[int, torch.dtype], Tensor] = {}
     for below in forward.tree():
-        weights = below.module._parameters
+        # A lent weight is no Parameter, whatever torch's annotation says.
+        weights: dict[str, Any] = below.module._parameters
         for name in list(weights):
             param = weights[name]
             if param is None:

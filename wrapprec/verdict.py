@@ -40,10 +40,10 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
     records = []
     for model in models:
         flags = [b.found.to(device) for b in model.buckets if b.counts_for(owner) and b.found is not None]
-        records.append(torch.stack(flags).amax() if flags else torch.zeros((), device=device))
+        records.append(torch.stack(flags).amax() if flags else torch.zeros((), dtype=torch.float32, device=device))
     skip = torch.stack([*at_step, *records]).amax()
     # What is nobody's (the last part) tells of no model in particular.
-    strange = at_step.pop() if len(parts) > len(models) else torch.zeros((), device=device)
+    strange = at_step.pop() if len(parts) > len(models) else torch.zeros((), dtype=torch.float32, device=device)
     for scaler, recorded, now in zip(scalers(models), records, at_step, strict=True):
         _update(scaler, torch.stack([recorded, now, strange]).amax(), recorded, skip)
     for model in models:
@@ -116,9 +116,9 @@ def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
     dense = [g._values() if g.layout is torch.sparse_coo else g for g in grads]
     fits = [g.is_floating_point() and torch._debug_has_internal_overlap(g) == 0 for g in dense]
     plain = [g for g, fit in zip(dense, fits, strict=True) if fit]
-    flags = check_and_scale_(plain, torch.ones((), device=device)) if plain else []
+    flags = check_and_scale_(plain, torch.ones((), dtype=torch.float32, device=device)) if plain else []
     flags += [1.0 - torch.isfinite(g).all().to(torch.float32) for g, fit in zip(dense, fits, strict=True) if not fit]
-    found = torch.zeros((), device=device)
+    found = torch.zeros((), dtype=torch.float32, device=device)
     for flag in flags:
         found = torch.maximum(found, flag.to(device, non_blocking=True))
     return found
