@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import wrapprec
 from wrapprec import scope
@@ -121,3 +123,41 @@ def test_no_lend_and_no_walk_when_nothing_crosses(monkeypatch: pytest.MonkeyPatc
     for name in ("lend", "mend_attributes", "mend_given", "mend_opaque"):
         monkeypatch.setattr(scope, name, forbidden)
     model(torch.ones(2, 4)).sum().backward()
+
+
+@pytest.mark.parametrize(("policy", "scale"), [*CONFIGS[:2], *CONFIGS[2:4]], ids=str)
+def test_weight_first_asked_for_inside_a_transform_or_no_grad_keeps_its_gradient(policy: str, scale: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.silent = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            slope = torch.func.vmap(torch.func.grad(lambda row: torch.tanh(self.inner(row)).sum()))(x.detach())
+            with torch.no_grad():
+                self.silent(x)
+            with torch.inference_mode():
+                self.inner.weight.sum()
+            return self.inner(x) + self.silent(x) + slope.detach().to(x.dtype)
+
+    torch.manual_seed(0)
+    plain = Net()
+    model = copy.deepcopy(plain)
+    wrapprec.wrap(model, policy=policy, loss_scale=scale)
+    x = torch.randn(3, 4)
+    plain(x).pow(2).sum().backward()
+    model(x).pow(2).sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        # A few roundings of 2**-9 (bf16) or 2**-12 (f16).
+        assert (mine.grad - theirs.grad).norm() <= (0.04 if policy.startswith("bf16") else 0.005) * theirs.grad.norm()
+
+
+def test_weight_that_is_not_used_is_not_cast() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    model.forward = lambda x: model["used"](x)
+    wrapprec.wrap(model, policy="bf16-module")
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        model(torch.ones(2, 4))
+    casts = next(event.count for event in trace.key_averages() if event.key == "aten::_to_copy")
+    assert casts == 4, "input, weight, bias and output"

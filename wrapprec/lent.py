@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import ItemsView, ValuesView
+from collections.abc import Callable, ItemsView, ValuesView
 from threading import get_ident
 from typing import Any
 
@@ -23,6 +23,22 @@ rnn_turn = threading.RLock()
 _RNN_ATTRIBUTES = ("_flat_weights", "_flat_weight_refs")
 
 Weights = dict[str, Any]
+
+
+class Later:
+    """A weight that is lent when forward first asks for it.
+
+    So a weight is cast just before its use, and a weight that is not used never; and since autograd runs the nodes
+    that were made last first, its gradient is cast as soon as backward has reached it.
+
+    Args:
+        make: gives the lent weight.
+    """
+
+    __slots__ = ("make",)
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self.make = make
 
 
 class Lent(dict[str, Any]):
@@ -52,7 +68,10 @@ class Lent(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         overlay = self._overlay()
         if overlay is not None and name in overlay:
-            return overlay[name]
+            weight = overlay[name]
+            if type(weight) is Later:
+                weight = overlay[name] = weight.make()
+            return weight
         return dict.__getitem__(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:

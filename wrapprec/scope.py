@@ -6,10 +6,13 @@ closes it. The scope owns all that concerns the border with the user's loop; `re
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.parameter import is_lazy
 
 from wrapprec import audit
@@ -22,7 +25,7 @@ from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.escape import mend_attributes, mend_given, mend_opaque, once
-from wrapprec.lent import Weights, lend, originals, take_back
+from wrapprec.lent import Later, Weights, lend, originals, take_back
 from wrapprec.recompute import Extent, remember
 
 if TYPE_CHECKING:
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
     from wrapprec.state import Shared
 
 Loan = tuple[nn.Module, Weights]
+
+Entry = tuple["Forward", str, Tensor, "torch.dtype | None"]
+"""A weight to lend: whose it is, its name there, the parameter, and the dtype to cast it to."""
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Scope:
@@ -55,6 +63,8 @@ class Scope:
         self.inputs: list[tuple[Tensor, Tensor, int]] = []
         self.extent = Extent()
         self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.transforms = _transforms()
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
         self.suspended = False
         self.border = self._border(part_of)
@@ -76,66 +86,79 @@ class Scope:
 
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
-        groups: dict[int, tuple[Bucket, list[tuple[Forward, str, Tensor, torch.dtype | None]]]] = {}
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
-        lent: dict[int, tuple[Forward, Weights]] = {}
-        # Under no_grad, too: code inside forward may enable gradients again.
-        with torch.set_grad_enabled(frozen is None and not torch.is_inference_mode_enabled()):
-            for forward in tree:
-                if id(forward) in self.done:
+        groups: dict[int, list[Entry]] = {}
+        for forward in tree:
+            if id(forward) in self.done:
+                continue
+            self.done.add(id(forward))
+            weights: Weights = {}
+            for key, param in originals(forward.module).items():
+                if param is None:
                     continue
-                self.done.add(id(forward))
-                weights: Weights = {}
-                for key, param in originals(forward.module).items():
-                    if param is None:
-                        continue
-                    if is_lazy(param):
-                        # Its module gives it a shape when it is called, just before its forward.
-                        self.done.discard(id(forward))
-                        continue
-                    dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
-                    dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
-                    border = self.border is not None and param.requires_grad
-                    if dtype is None and not border:
-                        continue
-                    ready = self.memo.get((id(param), dtype))
-                    if ready is not None:
-                        weights[key] = ready
-                    elif frozen is not None:
-                        weights[key] = self._freeze(frozen, param, dtype)
-                    elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
-                        weights[key] = self.memo[id(param), dtype] = copied = param.to(dtype)
-                        self.copies.append((forward, key, copied, version_of(copied)))
-                    else:
-                        bucket = self._bucket(forward, key, tree)
-                        groups.setdefault(id(bucket), (bucket, []))[1].append((forward, key, param, dtype))
-                if weights:
-                    lent[id(forward)] = forward, weights
-            for bucket, entries in groups.values():
-                self._lend_bucket(bucket, entries, lent)
-        for forward, weights in lent.values():
-            # Noted first, so that an interrupt in between leaves nothing lent.
-            self.loans.append((forward.module, weights))
-            lend(forward.module, weights)
+                if is_lazy(param):
+                    # Its module gives it a shape when it is called, just before its forward.
+                    self.done.discard(id(forward))
+                    continue
+                dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
+                dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
+                border = self.border is not None and param.requires_grad
+                if dtype is None and not border:
+                    continue
+                entry = forward, key, param, dtype
+                if frozen is not None:
+                    weights[key] = self._freeze(frozen, param, dtype)
+                elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
+                    weights[key] = Later(functools.partial(self._lend_one, entry))
+                else:
+                    bucket = self._bucket(forward, key, tree)
+                    group = groups.setdefault(id(bucket), [])
+                    group.append(entry)
+                    weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
+            if weights:
+                # Noted first, so that an interrupt in between leaves nothing lent.
+                self.loans.append((forward.module, weights))
+                lend(forward.module, weights)
 
-    def _lend_bucket(
-        self,
-        bucket: Bucket,
-        entries: list[tuple[Forward, str, Tensor, torch.dtype | None]],
-        lent: dict[int, tuple[Forward, Weights]],
-    ) -> None:
+    def _lend_one(self, entry: Entry) -> Tensor:
+        forward, key, param, dtype = entry
+        made = self.memo.get((id(param), dtype))
+        if made is None:
+            assert dtype is not None
+            with self._as_opened():
+                made = self.memo[id(param), dtype] = param.to(dtype)
+            self.copies.append((forward, key, made, version_of(made)))
+        return made
+
+    def _lend_bucket(self, bucket: Bucket, entries: list[Entry], wanted: Entry) -> Tensor:
         fresh = {(id(p), d): (p, d) for _, _, p, d in entries if (id(p), d) not in self.memo}
         if fresh:
-            dtypes = tuple(d for _, d in fresh.values())
-            made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
+            with self._as_opened():
+                dtypes = tuple(d for _, d in fresh.values())
+                made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
             self.memo.update(zip(fresh, made, strict=True))
-        for forward, key, param, dtype in entries:
-            weight = self.memo[id(param), dtype]
-            lent.setdefault(id(forward), (forward, {}))[1][key] = weight
-            if dtype is not None:
-                self.copies.append((forward, key, weight, version_of(weight)))
-            if self.shared.diagnosis is not None:
-                self.shared.diagnosis.watch_weight(forward.name, key, weight)
+            for forward, key, param, dtype in entries:
+                weight = self.memo[id(param), dtype]
+                if dtype is not None:
+                    self.copies.append((forward, key, weight, version_of(weight)))
+                if self.shared.diagnosis is not None:
+                    self.shared.diagnosis.watch_weight(forward.name, key, weight)
+        return self.memo[id(wanted[2]), wanted[3]]
+
+    def _as_opened(self) -> contextlib.AbstractContextManager[Any]:
+        """The modes of the scope's opening, whatever forward has set where it first asks for a weight.
+
+        Gradients are on under no_grad, too: code inside forward may enable them again.
+        """
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if grad is not self.inference and inference is self.inference and _transforms() == self.transforms:
+            return _NOTHING
+        modes = contextlib.ExitStack()
+        while _transforms() > self.transforms:
+            modes.enter_context(temporarily_pop_interpreter_stack())
+        modes.enter_context(torch.inference_mode(self.inference))
+        modes.enter_context(torch.set_grad_enabled(not self.inference))
+        return modes
 
     def _bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
         if key not in forward.buckets:
@@ -213,6 +236,12 @@ def _cross(tensor: Tensor, border: Border, start: int) -> Tensor:
     wide = tensor.float() if tensor.dtype is torch.float16 else tensor
     left: Tensor = Leave.apply(wide, border)
     return left
+
+
+def _transforms() -> int:
+    """How many transforms of torch.func (grad, vmap, ...) are running."""
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return 0 if innermost is None else innermost.level()
 
 
 def leave(tensor: Tensor) -> Tensor:
