@@ -5,9 +5,8 @@
 
 In every repeat each rival trains the same batches, in an order drawn anew; the ratio to autocast is taken within the
 repeat, so that whatever else the machine does weighs on both sides. Reported: the median ratio, and a 95 % interval
-by resampling the repeats (percentile bootstrap). All rivals use the same fused AdamW. Peak memory: how far resident
-memory rose in a process that trained one rival alone; one step of a tiny model under every rival comes first there, so
-that loading code weighs on none of them.
+by resampling the repeats (percentile bootstrap). All rivals use the same fused AdamW. Peak memory: the most that
+tensors hold at once in a training step, counted from the allocator's events; it is the same in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import wrapprec
 
@@ -97,8 +96,8 @@ def make(job: str, small: bool) -> tuple[nn.Module, Tensor, Tensor]:
     return ResNet(width, depth), torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
 
 
-def stepper(rival: str, job: str, small: bool) -> Callable[[], None]:
-    """One training step of a rival, on a model of its own."""
+def stepper(rival: str, job: str, small: bool) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
+    """One training step of a rival, on a model of its own; and what it holds between steps, gradients apart."""
     model, x, y = make(job, small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if rival.startswith("bf16"):
@@ -111,14 +110,18 @@ def stepper(rival: str, job: str, small: bool) -> Callable[[], None]:
         F.cross_entropy(logits.float().flatten(0, -2), y).backward()
         optimizer.step()
 
-    return step
+    def held() -> list[Tensor]:
+        state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+        return [*model.parameters(), *model.buffers(), *state]
+
+    return step, held
 
 
 # Measuring
 
 
 def measure_time(job: str, args: argparse.Namespace) -> dict[str, Any]:
-    steps = {rival: stepper(rival, job, args.small) for rival in RIVALS}
+    steps = {rival: stepper(rival, job, args.small)[0] for rival in RIVALS}
     for step in steps.values():
         for _ in range(args.warmup):
             step()
@@ -145,36 +148,25 @@ def with_interval(ratios: list[float], resamples: int = 2000) -> dict[str, Any]:
     return {"ratio": statistics.median(ratios), "interval": [low, high]}
 
 
-def measure_memory(job: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Peaks in MB by rival, a few processes each; the ratio of medians, since processes do not pair."""
-    peaks: dict[str, list[float]] = {rival: [] for rival in RIVALS}
-    context = multiprocessing.get_context("spawn")
-    for _ in range(args.processes):
-        for rival in RIVALS:
-            with context.Pool(1) as pool:
-                peaks[rival].append(pool.apply(peak_memory, (rival, job, args.small)))
-    base = statistics.median(peaks["autocast"])
-    return {
-        rival: {"megabytes": statistics.median(found), "ratio": statistics.median(found) / base, "all": found}
-        for rival, found in peaks.items()
-    }
+def measure_memory(job: str, small: bool) -> dict[str, Any]:
+    """Peaks in MB by rival."""
+    peaks = {rival: peak_memory(rival, job, small) for rival in RIVALS}
+    return {rival: {"megabytes": peak, "ratio": peak / peaks["autocast"]} for rival, peak in peaks.items()}
 
 
 def peak_memory(rival: str, job: str, small: bool) -> float:
-    """Train a rival in this process, and tell by how many MB its resident memory rose at most (Linux)."""
-    for warm in RIVALS:
-        stepper(warm, job, small=True)()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _resident("VmRSS")
-    step = stepper(rival, job, small)
-    for _ in range(3):
+    """The most MB that tensors hold at once in a training step: parameters, optimizer state, and what it allocates."""
+    step, held = stepper(rival, job, small)
+    for _ in range(2):
         step()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    now = peak = 0
+    for event in sorted(trace.events(), key=lambda event: event.time_range.start):
+        if event.name == "[memory]":
+            now += event.cpu_memory_usage
+            peak = max(peak, now)
+    return (sum(t.numel() * t.element_size() for t in held()) + peak) / 2**20
 
 
 def measure_wrap(modules: int) -> dict[str, float]:
@@ -211,14 +203,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="pairs")
     parser.add_argument("--steps", type=int, default=2, help="training steps of each rival in one repeat")
     parser.add_argument("--warmup", type=int, default=3, help="training steps before anything is timed")
-    parser.add_argument("--processes", type=int, default=3, help="processes for each peak of memory; 0 leaves it out")
     parser.add_argument("--modules", type=int, default=5000, help="size of the model that wrap is timed on")
     parser.add_argument("--jobs", nargs="+", choices=("gpt", "resnet"), default=("gpt", "resnet"))
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
     parser.add_argument("--small", action="store_true", help="tiny models and few repeats, to see that it runs")
     args = parser.parse_args()
     if args.small:
-        args.repeats, args.warmup, args.processes, args.modules = 4, 1, min(1, args.processes), 500
+        args.repeats, args.warmup, args.modules = 4, 1, 500
 
     report: dict[str, Any] = {"machine": machine(), "small": args.small, "repeats": args.repeats, "steps": args.steps}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
@@ -231,10 +222,9 @@ def main() -> None:
         for rival, row in report[job]["time"].items():
             low, high = row["interval"]
             print(f"  step time    {rival:12} {row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  {row['seconds']:.4f} s")
-        if args.processes:
-            report[job]["memory"] = measure_memory(job, args)
-            for rival, row in report[job]["memory"].items():
-                print(f"  peak memory  {rival:12} {row['ratio']:.3f}  {row['megabytes']:.0f} MB")
+        report[job]["memory"] = measure_memory(job, args.small)
+        for rival, row in report[job]["memory"].items():
+            print(f"  peak memory  {rival:12} {row['ratio']:.3f}  {row['megabytes']:.0f} MB")
     report["wrap"] = measure_wrap(args.modules)
     row = report["wrap"]
     print(f"\n{row['modules']} modules: resolve {row['resolve_seconds']:.2f} s, wrap {row['wrap_seconds']:.2f} s")

@@ -84,10 +84,11 @@ def test_gpt_that_was_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: 
 
 
 def test_benchmark_writes_ratios_with_intervals_and_the_machine(tmp_path: Path) -> None:
-    _run(tmp_path, "benchmark.py", "--jobs", "gpt", "--processes", "0")
+    _run(tmp_path, "benchmark.py", "--jobs", "gpt")
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert {"cpu", "cores", "torch", "wrapprec", "date"} <= set(report["machine"])
     for row in report["gpt"]["time"].values():
         low, high = row["interval"]
         assert low <= row["ratio"] <= high
     assert report["gpt"]["time"]["autocast"]["ratio"] == 1.0
+    assert report["gpt"]["memory"]["float32"]["megabytes"] > 0

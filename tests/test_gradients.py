@@ -824,3 +824,96 @@ def test_per_sample_gradients_by_vmap_are_true() -> None:
         return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
 
     assert_same(per_sample(mine), per_sample(plain), "bf16-module")
+
+
+@pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
+def test_many_reentrant_checkpoints_in_one_backward_have_true_gradients(policy):
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 4)
+            self.block = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(80):
+                x = x + 0.01 * checkpoint(self.block, x, use_reentrant=True)
+            return x
+
+    torch.manual_seed(0)
+    plain = Deep()
+    model = copy.deepcopy(plain)
+    wrapprec.wrap(model, policy=policy, loss_scale=256.0)
+    x = torch.randn(3, 4)
+    plain(x).pow(2).mean().backward()
+    model(x).pow(2).mean().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        # 80 additions in float16, each rounded to 2**-12.
+        assert (mine.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("policy", ["16-mixed", "16-module", "bf16-mixed", "bf16-module"])
+@pytest.mark.parametrize("island", [False, True])
+def test_output_that_is_a_view_of_another_sees_what_is_written_into_it(policy, island):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.fc(x)
+            return h, h[:, 0]
+
+    torch.manual_seed(0)
+    plain = Both()
+    model = copy.deepcopy(plain)
+    rules = [("fc", "float32")] if island else []
+    wrapprec.wrap(model, policy=policy, rules=rules, loss_scale=256.0 if policy.startswith("16") else None)
+    x = torch.randn(5, 4)
+    losses = []
+    for net in (plain, model):
+        whole, column = net(x)
+        whole.mul_(3)
+        loss = whole.pow(2).mean() + column.sum()
+        loss.backward()
+        losses.append(float(loss.detach()))
+    # Two roundings of 2**-9 (bf16) or less, on terms of order one.
+    assert losses[1] == pytest.approx(losses[0], rel=0.03, abs=0.03)
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() <= 0.03 * theirs.grad.norm()
+
+
+def test_loss_kept_on_an_object_that_a_module_holds_is_mended():
+    class Stats:
+        aux: Tensor | None = None
+
+    class Moe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.stats = nn.Linear(4, 4), Stats()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            self.stats.aux = h.pow(2).mean()
+            return h
+
+    torch.manual_seed(0)
+    plain = Moe()
+    model = copy.deepcopy(plain)
+    wrapprec.wrap(model, policy="16-mixed", loss_scale=1024.0)
+    x = torch.randn(5, 4)
+    for net in (plain, model):
+        (net(x).mean() + net.stats.aux).backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        # A few roundings of 2**-12.
+        assert (mine.grad - theirs.grad).norm() <= 0.005 * theirs.grad.norm()
+
+
+def test_backward_hook_inside_a_scaled_model_is_warned_of_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrapprec.wrap(model, policy="16-mixed", loss_scale=1024.0)
+    model[1].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    with pytest.warns(wrapprec.WrapprecWarning, match="loss scale times the true") as caught:
+        model(torch.ones(1, 4)).sum().backward()
+        model(torch.ones(1, 4)).sum().backward()
+    assert len(caught) == 1

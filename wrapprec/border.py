@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.scale import Scaler
@@ -15,18 +18,22 @@ from wrapprec.scale import Scaler
 if TYPE_CHECKING:
     from wrapprec.recompute import Extent
 
-_REMEMBERED_BACKWARDS = 64
-
+_MOST_BACKWARDS = 4096
+"""How many backwards that raised are remembered: those never say that they ended. Task ids are not used twice."""
 
 _backwards: dict[int, weakref.WeakSet[Scaler]] = {}
-"""The scales that took part in the latest backwards, by graph task."""
+"""The scales that take part in the running backwards, by graph task."""
 
 
-def _trim(by_task: dict[int, Any]) -> None:
-    # A backward that raised never says that it ended, so entries go by age; task ids are not used twice.
-    if len(by_task) > _REMEMBERED_BACKWARDS:
-        for task in list(by_task)[:-_REMEMBERED_BACKWARDS]:
-            by_task.pop(task, None)  # another thread may have been faster
+def _remember(by_task: dict[int, Any], task: int, make: Callable[[], Any]) -> Any:
+    """The entry of a running backward, made at its first crossing and dropped when it ends."""
+    if task not in by_task:
+        while len(by_task) >= _MOST_BACKWARDS:
+            by_task.pop(next(iter(by_task)), None)
+        by_task[task] = make()
+        if task != -1:
+            Variable._execution_engine.queue_callback(functools.partial(by_task.pop, task, None))
+    return by_task[task]
 
 
 class Border:
@@ -54,10 +61,8 @@ class Border:
     def enter_backward(self) -> None:
         """Remember that the running backward has come inside through this border."""
         task = torch._C._current_graph_task_id()
-        self.scaler.begin(task, _backwards.setdefault(task, weakref.WeakSet()))
-        self.scaler.borders.setdefault(task, {})[id(self)] = self
-        _trim(self.scaler.borders)
-        _trim(_backwards)
+        self.scaler.begin(task, _remember(_backwards, task, weakref.WeakSet))
+        _remember(self.scaler.borders, task, dict)[id(self)] = self
 
     def leave_backward(self, what: str) -> None:
         """Raise unless the running backward came inside through a border: else 1/S would be applied to a true gradient.

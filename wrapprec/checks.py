@@ -126,3 +126,23 @@ def warn_of_autocast(forward: Forward) -> None:
         remedy="take the autocast away; inside the model the plan decides",
     )
     warnings.warn(text, WrapprecWarning, stacklevel=6)
+
+
+def warn_of_hooks(forward: Forward) -> None:
+    """Say once that backward hooks inside the model work on gradients that are S times the true ones."""
+    shared = forward.shared
+    if "hooks" in shared.warned:
+        return
+    for below in forward.tree():
+        module = below.module
+        if module is not forward.module and (module._backward_hooks or module._backward_pre_hooks):
+            shared.warned.add("hooks")
+            text = message(
+                "backward hooks on the wrapped model itself, its inputs, outputs or parameters",
+                "a backward hook on a module inside it, where gradients are the loss scale times the true ones",
+                where=module_label(below.name, module),
+                remedy="divide by handle.scale in the hook, put it on the wrapped model or a parameter, or use a bf16"
+                " policy, which needs no loss scale",
+            )
+            warnings.warn(text, WrapprecWarning, stacklevel=6)
+            return

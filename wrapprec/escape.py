@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapprec.cast import mend
+from wrapprec.cast import map_tensors, mend, tensors_in
 
 _CONTAINERS = (list, tuple, dict, set)
 _ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
@@ -60,8 +60,44 @@ def mend_given(fn: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: di
             mend(fn, value)
 
 
-def mend_attributes(fn: Callable[[Tensor], Tensor], module: nn.Module) -> None:
-    """Replace the tensors that forward left in the attributes or buffers of `module`."""
+def map_outputs(fn: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Replace the tensors of an output; one that is a view of another stays a view of it.
+
+    Args:
+        fn: called once for each tensor.
+        out: any tree.
+    """
+    tensors = tensors_in(out)
+    bases = {id(t) for t in tensors}
+    if all(t._base is None or id(t._base) not in bases for t in tensors):
+        return map_tensors(fn, out)
+    made: dict[int, Tensor] = {}
+
+    def apply(tensor: Tensor) -> Tensor:
+        base = tensor._base
+        if base is not None and id(base) in bases:
+            whole = apply(base)
+            if whole is base:
+                return tensor
+            if whole.stride() == base.stride():
+                # A write into the one must show in the other, as it does in plain torch.
+                offset = whole.storage_offset() + tensor.storage_offset() - base.storage_offset()
+                return whole.as_strided(tensor.size(), tensor.stride(), offset)
+        if id(tensor) not in made:
+            made[id(tensor)] = fn(tensor)
+        return made[id(tensor)]
+
+    return map_tensors(apply, out)
+
+
+def mend_attributes(fn: Callable[[Tensor], Tensor], module: nn.Module, seen: set[int]) -> None:
+    """Replace the tensors that forward left in the attributes or buffers of `module`.
+
+    Args:
+        fn: puts the border on a tensor that is new, and gives back others.
+        module: whose attributes are searched; containers and objects there, too.
+        seen: the ids of the objects that another module of the scope holds too, and that were searched.
+    """
     own = module.__dict__
     for key in own.keys() - _NOT_SEARCHED:
         value = own[key]
@@ -74,6 +110,9 @@ def mend_attributes(fn: Callable[[Tensor], Tensor], module: nn.Module) -> None:
             after = mend(fn, value)
             if after is not value:
                 own[key] = after
+        elif not isinstance(value, (_CONTAINERS, nn.Module)) and id(value) not in seen:
+            seen.add(id(value))
+            mend(fn, value)
     buffers = own["_buffers"]
     for key, value in buffers.items():
         if value is not None and value.requires_grad:

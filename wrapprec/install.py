@@ -66,7 +66,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     shared = Shared(model, request, plan, backend_for(device), device)
     shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
-    _place(model, shared, undo)
+    _place(model, shared, undo, plan)
     for forward in model.__dict__["forward"].tree():
         for key, param in forward.module._parameters.items():
             problem = None if param is None else check_dtype(forward, key, param)
@@ -88,7 +88,8 @@ def refresh(forward: Forward) -> None:
     """
     shared = forward.shared
     root = None if shared.root is None else shared.root()
-    model = forward.module if root is None else root
+    # A shallow copy of the whole model has the name of the root, and may have other submodules.
+    model = forward.module if root is None or forward.name == "" else root
     if shared.undo is None:
         shared.undo = adopt(model)
     plan = _resolve(model, shared.request)
@@ -97,8 +98,9 @@ def refresh(forward: Forward) -> None:
         shared.device, shared.backend = device, backend_for(device)
         if shared.scaler is not None:
             shared.scaler.to(device)
-    shared.plan = plan
-    _place(model, shared, shared.undo)
+    if root is None or model is root:
+        shared.plan = plan
+    _place(model, shared, shared.undo, plan)
     shared.start_scaling()
     shared.partition(model.__dict__["forward"].tree())
     shared.schedule.restart()
@@ -151,10 +153,10 @@ def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
             )
 
 
-def _place(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
+def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> None:
     """Give every module its Forward, or bring the one it has up to date."""
     regions: dict[Any, Region] = {}
-    placements = {placement.name: placement for placement in shared.plan.placements}
+    placements = {placement.name: placement for placement in plan.placements}
     parametrised: set[int] = set()
     for fqn, module in model.named_modules():
         if isinstance(module, ParametrizationList):
@@ -162,8 +164,8 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
         own = module.__dict__.get("forward")
         if isinstance(own, Forward) and own.shared is not shared:
             continue
-        if not isinstance(own, Forward):
-            own = Forward(module, shared, fqn, replaced=own)
+        if not isinstance(own, Forward) or own.module is not module:
+            own = Forward(module, shared, fqn, replaced=own.replaced if isinstance(own, Forward) else own)
             undo.set_attribute(module, "forward", own)
         own.name = fqn
         placement = placements[fqn]

@@ -160,13 +160,13 @@ def take_back(module: nn.Module, weights: Weights) -> None:
             return
         stack = params.overlays.get(get_ident(), [])
         kept = [lent for lent in stack if lent is not weights]
-        if len(kept) == len(stack):
-            return
-        params.settle(weights)
-        if kept:
-            params.overlays[get_ident()] = kept
-            return
-        del params.overlays[get_ident()]
+        if len(kept) < len(stack):
+            params.settle(weights)
+            if kept:
+                params.overlays[get_ident()] = kept
+                return
+            del params.overlays[get_ident()]
+        # Also where an earlier call was interrupted just here.
         if not params.overlays:
             module.__dict__.update(params.flat)
             module.__dict__["_parameters"] = params.original

@@ -19,7 +19,8 @@ from torch import nn
 
 from wrapprec import traced
 from wrapprec.cast import cast_tree
-from wrapprec.checks import check_dtype, check_pending, warn_of_autocast
+from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
+from wrapprec.copies import called_on
 from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.lent import rnn_turn
@@ -75,7 +76,9 @@ class Region:
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as this region wants it; nothing where it is so already."""
         if self.autocasts:
-            cache = self.caches and torch.is_autocast_cache_enabled()
+            # Inside the user's autocast the cache outlives the forward, and the optimizer's step would go unseen.
+            outer = torch.is_autocast_enabled(self.device_type)
+            cache = self.caches and not outer and torch.is_autocast_cache_enabled()
             return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
         if torch.is_autocast_enabled(self.device_type):
             return torch.autocast(self.device_type, enabled=False)
@@ -156,6 +159,9 @@ class Forward:
         return self._open(args, kwargs)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = called_on(self, depth=2)
+        if called is not self.module:
+            return self.move_to(called)(*args, **kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
         self._check(in_backward)
         part_of = recomputed(self, thread.scope) if in_backward else None
@@ -229,6 +235,13 @@ class Forward:
             self._complete = all(isinstance(module.__dict__.get("forward"), Forward) for module in below)
         return self._forwards
 
+    def move_to(self, module: nn.Module) -> Forward:
+        """Give a shallow copy of this module a Forward of its own."""
+        mine = object.__new__(type(self))
+        mine.__dict__.update(self.__getstate__(), module=module)
+        module.__dict__["forward"] = mine
+        return mine
+
     def forget_tree(self) -> None:
         """The subtree has changed."""
         self._tree = []
@@ -261,6 +274,7 @@ class Forward:
             # Parameters that `add_param_group` brought since: the buckets are made anew.
             owner.owned()
         if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
+            warn_of_hooks(self)
             check_pending(shared)
             if shared.scaler.touched and not any(owner.alive for owner in shared.owners):
                 shared.scaler.settle()
@@ -281,5 +295,5 @@ def _walk(forward: Forward) -> list[Forward]:
     for module in forward.module.modules():
         own = module.__dict__.get("forward")
         if isinstance(own, Forward) and own.shared is forward.shared:
-            found.append(own)
+            found.append(own if own.module is module else own.move_to(module))
     return found

@@ -19,12 +19,12 @@ from wrapprec import audit
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
-from wrapprec.cast import cast_tree, map_tensors
+from wrapprec.cast import map_tensors
 from wrapprec.checks import check_inputs, check_weights, version_of
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
-from wrapprec.escape import mend_attributes, mend_given, mend_opaque, once
+from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Later, Weights, lend, originals, take_back
 from wrapprec.recompute import Extent, remember
 
@@ -201,15 +201,16 @@ class Scope:
             return out if border is None else map_tensors(once(lambda t: Recompute.apply(t, border)), out)
         dtype = forward.output_dtype
         if dtype is not None:
-            out = cast_tree(out, dtype)
+            out = map_outputs(lambda tensor: tensor.to(dtype) if tensor.dtype in MIXABLE else tensor, out)
         if border is None or scaler is None:
             return out
         check_inputs(self.inputs, forward)
         cross = once(lambda tensor: _cross(tensor, border, self.extent.first))
-        out = mend_opaque(cross, map_tensors(cross, out))
+        out = mend_opaque(cross, map_outputs(cross, out))
         mend_given(cross, *given)
+        seen: set[int] = set()
         for below in forward.tree():
-            mend_attributes(cross, below.module)
+            mend_attributes(cross, below.module, seen)
         audit.prepare(self.shared.schedule, scaler, forward, out)
         return out
 
