@@ -162,9 +162,10 @@ def peak_memory(rival: str, job: str, small: bool) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     now = peak = 0
-    for event in sorted(trace.events(), key=lambda event: event.time_range.start):
-        if event.name == "[memory]":
-            now += event.cpu_memory_usage
+    # Not `trace.events()`: it leaves the allocator's events out.
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
             peak = max(peak, now)
     return (sum(t.numel() * t.element_size() for t in held()) + peak) / 2**20
 
