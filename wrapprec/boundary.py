@@ -67,10 +67,14 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 
 
 class Crossing(Function):
-    """What all of them have in common: nothing but the type that torch leaves out."""
+    """What they have in common: those of one tensor keep its border; and a type that torch leaves out."""
 
     if TYPE_CHECKING:
         apply: ClassVar[Callable[..., Any]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.border = inputs[1]
 
 
 class Enter(Crossing):
@@ -81,10 +85,6 @@ class Enter(Crossing):
     @staticmethod
     def forward(tensor: Tensor, border: Border) -> Tensor:
         return tensor.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.border = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -105,10 +105,6 @@ class ScaleDown(Crossing):
         return true.to(grad.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.border = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.border.enter_backward()
         return Enter.apply(grad, ctx.border), None
@@ -124,10 +120,6 @@ class Leave(Crossing):
         return tensor.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.border = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.border.enter_backward()
         return ScaleUp.apply(grad, ctx.border), None
@@ -141,10 +133,6 @@ class ScaleUp(Crossing):
         return grad * _scalar(border.scale, grad).to(grad.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.border = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.border.leave_backward("an output's gradient")
         return Leave.apply(grad, ctx.border), None
@@ -156,10 +144,6 @@ class Recompute(Crossing):
     @staticmethod
     def forward(tensor: Tensor, border: Border) -> Tensor:
         return tensor.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.border = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
