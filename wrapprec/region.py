@@ -261,13 +261,13 @@ class Forward:
             for key, param in forward.module._parameters.items():
                 if param is None:
                     continue
-                if device is None:
+                if device is None and not param.is_meta:
                     device = param.device
                 if mixed and param.dtype is not torch.float32:
                     problem = check_dtype(forward, key, param)
                     if problem is not None:
                         raise ModelChangedError(problem)
-        if stale or (device is not None and device != shared.device and device.type != "meta"):
+        if stale or device not in (None, shared.device):
             with _changing:
                 shared.refresh(self)
         for owner in shared.owners:
