@@ -14,9 +14,9 @@ from wrapprec.errors import (
 )
 from wrapprec.handle import Handle
 from wrapprec.island import float32
+from wrapprec.outward import leave
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import LossScale, Policy, Precision, Rule
-from wrapprec.scope import leave
 from wrapprec.wrap import handle_of, unwrap, wrap
 
 __version__ = "0.1.0"

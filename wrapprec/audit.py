@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from wrapprec.border import Border
-from wrapprec.boundary import Enter, Leave, Lend, Return, ScaleDown, ScaleUp
+from wrapprec.boundary import Enter, Inward, Leave, Lend, Return, ScaleDown, ScaleUp
 from wrapprec.current import thread
 from wrapprec.errors import ScaleLeakError, message, module_label
 from wrapprec.lent import originals
@@ -41,6 +43,8 @@ class Schedule:
         """Audit the next backwards again: after `wrap`, after a checkpoint was loaded, after modules changed."""
         self.left = _FIRST
         self.forwards = 0
+        # The hooks that were there at the last look: torch's count of all, and the newest on a module inside.
+        self.last_hook = self.newest_hook = -1
         self.known: set[Any] = set()
 
     def is_due(self, signature: Any) -> bool:
@@ -56,6 +60,16 @@ class Schedule:
         if self.forwards % _EVERY == 0:
             self.left = max(self.left, 1)
         return self.left > 0
+
+    def has_new_hooks(self, modules: Iterable[nn.Module]) -> bool:
+        """Say whether a forward hook was put on one of the modules since the last look: it may take tensors out."""
+        # Every hook of torch takes a number from here: nothing to look for where it is as it was.
+        if self.last_hook == RemovableHandle.next_id:
+            return False
+        self.last_hook = RemovableHandle.next_id
+        newest = max((max((*m._forward_hooks, *m._forward_pre_hooks), default=-1) for m in modules), default=-1)
+        fresh, self.newest_hook = newest > self.newest_hook, max(newest, self.newest_hook)
+        return fresh
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts anew; the known structures hold classes that need not be picklable.
@@ -74,8 +88,10 @@ _NAME = "_engine_run_backward"
 _real = getattr(torch.autograd, _NAME)
 
 
-def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any) -> None:
-    """Arm an audit of the next backward if one is due, given what a forward returned."""
+def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any, doubtful: bool = False) -> None:
+    """Arm an audit of the next backward if one is due or there is doubt, given what a forward returned."""
+    if doubtful:
+        schedule.left = max(schedule.left, 1)
     if not schedule.is_due((forward.name, forward.module.training, _shape(out))):
         return
     gone = functools.partial(_dismiss, id(schedule))
@@ -175,12 +191,21 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
             what = "is inside forward, where gradients are scaled, and was asked for"
             raise _leak(_tensor(wanted[node]), what, modules)
         after = _cross(node, inside, modules, met)
-        if hasattr(node, "variable") and after:
+        if hasattr(node, "variable") and not _comes_out(node.variable, after):
             raise _leak(node.variable, "was used inside forward without crossing the border", modules)
         for below, _ in node.next_functions:
             if below is not None:
                 todo.append((below, after))
     return met
+
+
+def _comes_out(leaf: Tensor, inside: Stack) -> bool:
+    """The gradient of a leaf is true: it is outside, or was made inside and divides by the scale itself."""
+    hooks = (leaf._backward_hooks or {}).values()
+    border = next((hook.border for hook in hooks if isinstance(hook, Inward)), None)
+    if border is None:
+        return not inside
+    return len(inside) > 0 and border.same_factor(inside[-1])
 
 
 def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> Stack:

@@ -45,6 +45,13 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, sharing its memory, of whatever layout it is."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
+
+
 def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """Multiply dense gradients in place by `factor` and say, one flag per device and dtype, whether any is inf or nan.
 
@@ -92,6 +99,22 @@ class Enter(Crossing):
         return ScaleDown.apply(grad, ctx.border), None
 
 
+class Inward:
+    """A hook on a leaf that was made inside: its gradient is divided by S before it is accumulated.
+
+    Args:
+        border: of the scope in which the leaf was made.
+    """
+
+    def __init__(self, border: Border) -> None:
+        self.border = border
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.border.leave_backward("a tensor that a hook made a leaf")
+        true: Tensor = ScaleDown.apply(grad, self.border)
+        return true
+
+
 class ScaleDown(Crossing):
     """An input's gradient on its way out."""
 
@@ -99,7 +122,7 @@ class ScaleDown(Crossing):
     def forward(grad: Tensor, border: Border) -> Tensor:
         # The product is taken in float32, where 1/S and an overflow can be told apart.
         true = grad.to(torch.float32, copy=True) if grad.dtype in LOW else grad.clone()
-        for flag in check_and_scale_([_real(true)], border.scale.reciprocal()):
+        for flag in check_and_scale_([_real(_dense(true))], border.scale.reciprocal()):
             seen = border.scaler.seen
             torch.maximum(seen, _scalar(flag, seen), out=seen)
         return true.to(grad.dtype)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from wrapprec.dtypes import MIXABLE
-from wrapprec.reach import mend, tensors_in
+from wrapprec.reach import mend, opaque_in, tensors_in
 from wrapprec.tree import map_tensors
 
-__all__ = ["cast_tree", "map_tensors", "mend", "tensors_in"]
+__all__ = ["cast_tree", "map_tensors", "mend", "opaque_in", "tensors_in"]
 
 
 def cast_tree(tree: Any, dtype: torch.dtype, on_cast: Callable[[Tensor, Tensor], object] | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from wrapprec.cast import map_tensors, mend, tensors_in
 
 _CONTAINERS = (list, tuple, dict, set)
 _ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
+_SKIPPED = frozenset(_ATOMS)
 _PLAIN = (Tensor, nn.Module, *_ATOMS)
 _NOT_SEARCHED = frozenset(nn.Module().__dict__) | {
     "forward",
@@ -90,33 +91,57 @@ def map_outputs(fn: Callable[[Tensor], Tensor], out: Any) -> Any:
     return map_tensors(apply, out)
 
 
-def mend_attributes(fn: Callable[[Tensor], Tensor], module: nn.Module, seen: set[int]) -> None:
-    """Replace the tensors that forward left in the attributes or buffers of `module`.
+def mend_attributes(
+    fn: Callable[[Tensor], Tensor], module: nn.Module, seen: set[int], only: Container[str] | None = None
+) -> list[str]:
+    """Replace the tensors in the attributes and buffers of `module`: what forward left there.
 
     Args:
         fn: puts the border on a tensor that is new, and gives back others.
         module: whose attributes are searched; containers and objects there, too.
         seen: the ids of the objects that another module of the scope holds too, and that were searched.
+        only: the attributes whose objects are searched; None for all.
+
+    Returns:
+        The names of the attributes with objects in which a tensor requires grad.
     """
     own = module.__dict__
+    holders = []
     for key in own.keys() - _NOT_SEARCHED:
         value = own[key]
-        if isinstance(value, _ATOMS):
+        if type(value) in _SKIPPED or isinstance(value, _ATOMS):
             continue
         if isinstance(value, Tensor):
             if value.requires_grad:
                 own[key] = fn(value)
-        elif isinstance(value, _CONTAINERS) and any(not isinstance(item, _ATOMS) for item in _items(value)):
-            after = mend(fn, value)
-            if after is not value:
-                own[key] = after
-        elif not isinstance(value, (_CONTAINERS, nn.Module)) and id(value) not in seen:
+        elif isinstance(value, _CONTAINERS):
+            if any(not isinstance(item, _ATOMS) for item in _items(value)):
+                after = mend(fn, value)
+                if after is not value:
+                    own[key] = after
+        elif not isinstance(value, nn.Module) and id(value) not in seen and (only is None or key in only):
             seen.add(id(value))
-            mend(fn, value)
+            watch = _Watch(fn)
+            mend(watch, value)
+            if watch.met:
+                holders.append(key)
     buffers = own["_buffers"]
     for key, value in buffers.items():
         if value is not None and value.requires_grad:
             buffers[key] = fn(value)
+    return holders
+
+
+class _Watch:
+    """Applies a function, and remembers whether it met a tensor that requires grad."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+        self.met = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.met = self.met or tensor.requires_grad
+        return self.fn(tensor)
 
 
 def _items(value: Any) -> Any:

@@ -67,6 +67,29 @@ def tensors_in(tree: Any, deep: bool = False) -> list[Tensor]:
     return list(found.values())
 
 
+def opaque_in(tree: Any) -> list[Any]:
+    """List the outermost objects in a tree that a tree walk takes for leaves, but that may hold tensors.
+
+    >>> import torch
+    >>> normal = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
+    >>> opaque_in([torch.zeros(1), {"a": normal}, "text"]) == [normal]
+    True
+    """
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if is_atom(node) or isinstance(node, Tensor) or id(node) in seen:
+            continue
+        if is_container(node):
+            seen[id(node)] = node
+            todo.extend(value for _, _, value in parts(node))
+        elif _is_open(node):
+            found[id(node)] = node
+    return list(found.values())
+
+
 def mend(fn: TensorMap, obj: Any) -> Any:
     """Replace every tensor that can be reached from an object by `fn(tensor)`, in place.
 

@@ -155,7 +155,10 @@ class Forward:
                 scope.lend([self])
             if scope.grad and not torch.is_grad_enabled():
                 scope.suspended = True
-            return self._enter(scope, args, kwargs)
+            if scope.watched:
+                scope.look_at_watched()
+            out = self._enter(scope, args, kwargs)
+            return scope.watch(out) if self.module._forward_hooks and scope.border is not None else out
         return self._open(args, kwargs)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +177,7 @@ class Forward:
             thread.scope = scope
             scope.lend(self.tree())
             given = args, kwargs
-            args, kwargs = scope.enter(given)
+            args, kwargs = scope.enter(self, given)
             containers = Containers(given, (args, kwargs)) if scope.inputs else None
             out = self._enter(scope, args, kwargs)
             if containers is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +18,16 @@ from torch.nn.parameter import is_lazy
 
 from wrapprec import audit
 from wrapprec.border import Border
-from wrapprec.boundary import Enter, Leave, Lend, Recompute
+from wrapprec.boundary import Enter, Inward, Lend, Recompute
 from wrapprec.bucket import Bucket
-from wrapprec.cast import map_tensors
+from wrapprec.carried import Carried, any_widened, note_widened
+from wrapprec.cast import map_tensors, tensors_in
 from wrapprec.checks import check_inputs, check_weights, version_of
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
-from wrapprec.errors import ScaleLeakError, message
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Later, Weights, lend, originals, take_back
+from wrapprec.outward import cross_out
 from wrapprec.recompute import Extent, remember
 
 if TYPE_CHECKING:
@@ -67,7 +69,12 @@ class Scope:
         self.transforms = _transforms()
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
         self.suspended = False
+        # A leaf that a forward hook makes by requires_grad_(): what it was given is looked at soon after.
+        self.watched: list[Tensor] = []
+        self.carried: Carried | None = None
         self.border = self._border(part_of)
+        self.counted = True
+        shared.inside.append(get_ident())
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -177,11 +184,17 @@ class Scope:
 
     # The border
 
-    def enter(self, tree: Any) -> Any:
-        """Put the border on the inputs that require grad."""
+    def enter(self, forward: Forward, tree: Any) -> Any:
+        """Put the border on the inputs that require grad, and on what else comes in."""
         border = self.border
-        if border is None or self.recomputes:
+        if self.recomputes or (border is None and not any_widened()):
             return tree
+        self.carried = Carried(self, forward)
+        self.carried.bring_in(tree)
+        if border is None:
+            return tree
+        self.shared.threads.add(get_ident())
+        self.carried.bring_in_attributes(forward.tree(), self._is_alone())
 
         def cross(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
@@ -202,94 +215,74 @@ class Scope:
         dtype = forward.output_dtype
         if dtype is not None:
             out = map_outputs(lambda tensor: tensor.to(dtype) if tensor.dtype in MIXABLE else tensor, out)
-        if border is None or scaler is None:
+        carried = self.carried
+        if border is None or scaler is None or carried is None:
             return out
+        self.look_at_watched()
         check_inputs(self.inputs, forward)
-        cross = once(lambda tensor: _cross(tensor, border, self.extent.first))
-        out = mend_opaque(cross, map_outputs(cross, out))
+        start, strict, widened = self.extent.first, False, False
+
+        def go_out(tensor: Tensor) -> Tensor:
+            nonlocal widened
+            left = cross_out(carried.original(tensor), border, start, strict)
+            widened = widened or left.dtype is not tensor.dtype
+            return left
+
+        cross = once(go_out)
+        out = map_outputs(cross, out)
+        # What stands in objects may be another thread's.
+        strict = len(self.shared.threads) > 1
+        out = mend_opaque(cross, out)
         mend_given(cross, *given)
+        if widened:
+            note_widened((out, given))
+        doubtful = carried.doubtful
         seen: set[int] = set()
         for below in forward.tree():
-            mend_attributes(cross, below.module, seen)
-        audit.prepare(self.shared.schedule, scaler, forward, out)
+            holders = mend_attributes(cross, below.module, seen)
+            if holders:
+                known = self.shared.holders.setdefault(below.name, set())
+                doubtful = doubtful or not known.issuperset(holders)
+                known.update(holders)
+        schedule = self.shared.schedule
+        inner = (below.module for below in forward.tree() if below is not forward)
+        audit.prepare(schedule, scaler, forward, out, schedule.has_new_hooks(inner) or doubtful)
         return out
+
+    def look_at_watched(self) -> None:
+        """Put the border on the leaves that forward hooks have made of outputs, by requires_grad_()."""
+        for tensor in self.watched:
+            if tensor.requires_grad and tensor.is_leaf and self.border is not None:
+                tensor.register_hook(Inward(self.border))
+        self.watched = []
+
+    def watch(self, out: Any) -> Any:
+        """Note the outputs of a module that has forward hooks, before those run."""
+        self.watched += [t for t in tensors_in(out) if not t.requires_grad and not t.is_inference()]
+        return out
+
+    def _is_alone(self) -> bool:
+        """No other thread is inside this model."""
+        inside, me = tuple(self.shared.inside), get_ident()
+        return all(ident == me for ident in inside)
 
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
         while self.loans:
             take_back(*self.loans[-1])
             self.loans.pop()
+        if self.carried is not None:
+            self.carried.put_back()
+        if self.counted:
+            self.counted = False
+            self.shared.inside.remove(get_ident())
         self.extent.end()
         if self.suspended and self.border is None and not self.recomputes:
             remember(self.shared, self.extent)
         thread.scope = self.outer
 
 
-def _cross(tensor: Tensor, border: Border, start: int) -> Tensor:
-    """Put the border on a tensor that was made inside, unless `leave` has done so."""
-    node = tensor.grad_fn
-    # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
-    if node is None or node._sequence_nr() < start:
-        return tensor
-    if isinstance(node, Leave._backward_cls) and node.border is border:  # type: ignore[attr-defined]
-        return tensor
-    # In float16 the true gradient would underflow before it is scaled.
-    wide = tensor.float() if tensor.dtype is torch.float16 else tensor
-    left: Tensor = Leave.apply(wide, border)
-    return left
-
-
 def _transforms() -> int:
     """How many transforms of torch.func (grad, vmap, ...) are running."""
     innermost = torch._C._functorch.peek_interpreter_stack()
     return 0 if innermost is None else innermost.level()
-
-
-def leave(tensor: Tensor) -> Tensor:
-    """Put the scale border on a tensor that leaves forward by another way than its outputs.
-
-    Call it on an activation that a hook collects, or that a closure or a global keeps, before it is used in a loss:
-    inside forward (in the hook) or afterwards.
-
-    Args:
-        tensor: any floating tensor of any shape.
-
-    Returns:
-        The same values, with true gradients; the tensor itself where no loss scale is on.
-
-    Raises:
-        ScaleLeakError: the tensor belongs to several scales at once.
-
-    >>> import torch
-    >>> leave(torch.ones(2))
-    tensor([1., 1.])
-    """
-    if not tensor.requires_grad:
-        return tensor
-    scope = thread.scope
-    if scope is None:
-        return _leave_behind(tensor)
-    while scope is not None:
-        if scope.border is not None and not scope.recomputes:
-            tensor = _cross(tensor, scope.border, scope.extent.first)
-        scope = scope.outer
-    return tensor
-
-
-def _leave_behind(tensor: Tensor) -> Tensor:
-    """`leave` after forward: the graph tells the border."""
-    borders, crossed = audit.borders_below(tensor)
-    factors = [border for i, border in enumerate(borders) if not any(border.same_factor(b) for b in borders[:i])]
-    if len(factors) > 1 or (factors and crossed):
-        raise ScaleLeakError(
-            message(
-                "a tensor from inside one forward of one wrapped model",
-                f"a tensor of shape {tuple(tensor.shape)} that depends on several, or on outputs too",
-                remedy="call wrapprec.leave on each activation where it is collected, inside forward",
-            )
-        )
-    border = factors[0] if factors else None
-    while border is not None:
-        tensor = Leave.apply(tensor.float() if tensor.dtype is torch.float16 else tensor, border)
-        border = border.outer
-    return tensor

@@ -54,6 +54,11 @@ class Shared:
         # The ids of the parameters that the buckets hold.
         self.ids: set[int] = set()
         self.schedule = Schedule()
+        # The threads that have a scope open, once for each; and all that have trained.
+        self.inside: list[int] = []
+        self.threads: set[int] = set()
+        # By module: the attributes with objects in which tensors that require grad were found.
+        self.holders: dict[str, set[str]] = {}
         self.diagnosis: Diagnosis | None = None
         self.be_patient()
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
@@ -144,7 +149,14 @@ class Shared:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        lists: dict[str, Any] = {"owners": [], "buckets": [], "retired": [], "ids": set()}
+        lists: dict[str, Any] = {
+            "owners": [],
+            "buckets": [],
+            "retired": [],
+            "ids": set(),
+            "inside": [],
+            "threads": set(),
+        }
         return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 
