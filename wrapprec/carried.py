@@ -132,7 +132,11 @@ class Carried:
 
     def _check_thread(self, tensor: Tensor) -> None:
         """Refuse a tensor that another thread has replaced in the same object."""
-        border: Border | None = tensor.grad_fn.border if isinstance(tensor.grad_fn, _ENTER) else None
+        node: Any = tensor.grad_fn
+        # It may have been cast after it was replaced.
+        below = node.next_functions[0][0] if node is not None and node.next_functions else None
+        node = next((one for one in (node, below) if isinstance(one, _ENTER)), None)
+        border: Border | None = None if node is None else node.border
         if border is None or border.extent is None or border.extent.last is not None:
             return
         scope = self.outer

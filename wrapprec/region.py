@@ -227,8 +227,6 @@ class Forward:
                 raise
             raise better from error
 
-    # What is below
-
     def tree(self) -> list[Forward]:
         """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
         if not self._tree:

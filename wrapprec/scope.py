@@ -208,6 +208,7 @@ class Scope:
     def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
         check_weights(self.copies)
+        self.look_at_watched()
         border = self.border
         scaler = self.shared.scaler
         if self.recomputes:
@@ -218,7 +219,6 @@ class Scope:
         carried = self.carried
         if border is None or scaler is None or carried is None:
             return out
-        self.look_at_watched()
         check_inputs(self.inputs, forward)
         start, strict, widened = self.extent.first, False, False
 
