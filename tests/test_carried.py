@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -412,6 +413,39 @@ def test_prompt_from_outside_is_true(policy: str, way: str, kind: str, late: int
         return _found(model, source)
 
     compare(Takes, run, policy)
+
+
+@each_scaled
+@pytest.mark.parametrize("late", [0, LATE])
+def test_prompt_on_a_model_that_other_threads_train_is_refused(policy: str, late: int) -> None:
+    """They would see it replaced. When they are done, it is true again."""
+    model = Takes()
+    wrapprec.wrap(model, policy=policy)
+    plain = copy.deepcopy(model)
+    wrapprec.unwrap(plain)
+    prompt, x = torch.randn(8, requires_grad=True), batch()
+    trained, done = threading.Event(), threading.Event()
+
+    def train() -> None:
+        warm_up(model, max(late, 1))
+        trained.set()
+        done.wait(20)
+
+    def use() -> None:
+        assert trained.wait(20)
+        try:
+            for each in (model, plain):
+                vars(each)["prompt"] = prompt
+            with pytest.raises(ScaleLeakError, match=r"shape \(8,\)"):
+                model(x)[0].square().mean().div(8).backward()
+        finally:
+            done.set()
+
+    together(train, use)
+    model(x)[0].square().mean().div(8).backward()
+    mine, prompt.grad = prompt.grad, None
+    plain(x)[0].square().mean().div(8).backward()
+    assert_close({**grads(model), "prompt": mine}, {**grads(plain), "prompt": prompt.grad}, policy)
 
 
 @each_scaled

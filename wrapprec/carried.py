@@ -68,7 +68,7 @@ class Carried:
         self.made: dict[int, Tensor] = {}
         self.objects: list[Any] = []
         self.modules: list[nn.Module] = []
-        # Another thread is inside, so that nothing on the modules can be replaced: an audit has to look.
+        # Other threads train too, so that nothing on the modules can be replaced: an audit has to look.
         self.doubtful = False
 
     def bring_in(self, tree: Any) -> None:
@@ -89,7 +89,7 @@ class Carried:
 
         Args:
             tree: the scope's modules.
-            alone: no other thread is inside the model, which would see the replacements.
+            alone: no other thread trains the model, which would see the replacements, even outside of forward.
         """
         registered = self.forward.shared.ids
 

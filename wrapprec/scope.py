@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,8 +72,6 @@ class Scope:
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
         self.border = self._border(part_of)
-        self.counted = True
-        shared.inside.append(get_ident())
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -193,8 +190,8 @@ class Scope:
         self.carried.bring_in(tree)
         if border is None:
             return tree
-        self.shared.threads.add(get_ident())
-        self.carried.bring_in_attributes(forward.tree(), self._is_alone())
+        alone = self.shared.enter_thread()
+        self.carried.bring_in_attributes(forward.tree(), alone)
 
         def cross(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
@@ -261,11 +258,6 @@ class Scope:
         self.watched += [t for t in tensors_in(out) if not t.requires_grad and not t.is_inference()]
         return out
 
-    def _is_alone(self) -> bool:
-        """No other thread is inside this model."""
-        inside, me = tuple(self.shared.inside), get_ident()
-        return all(ident == me for ident in inside)
-
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
         while self.loans:
@@ -273,9 +265,6 @@ class Scope:
             self.loans.pop()
         if self.carried is not None:
             self.carried.put_back()
-        if self.counted:
-            self.counted = False
-            self.shared.inside.remove(get_ident())
         self.extent.end()
         if self.suspended and self.border is None and not self.recomputes:
             remember(self.shared, self.extent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -54,9 +55,8 @@ class Shared:
         # The ids of the parameters that the buckets hold.
         self.ids: set[int] = set()
         self.schedule = Schedule()
-        # The threads that have a scope open, once for each; and all that have trained.
-        self.inside: list[int] = []
-        self.threads: set[int] = set()
+        # The threads that have trained.
+        self.threads: dict[int, weakref.ref[threading.Thread]] = {}
         # By module: the attributes with objects in which tensors that require grad were found.
         self.holders: dict[str, set[str]] = {}
         self.diagnosis: Diagnosis | None = None
@@ -73,6 +73,17 @@ class Shared:
     def mixed(self) -> bool:
         """Some module computes in low precision."""
         return any(p.precision.casting is not None for p in self.plan.placements)
+
+    def enter_thread(self) -> bool:
+        """Note the running thread, and say whether it is the only one alive that trains this model."""
+        ident, current = threading.get_ident(), threading.current_thread()
+        known = self.threads.get(ident)
+        if known is None or known() is not current:
+            self.threads[ident] = weakref.ref(current)
+        if len(self.threads) == 1:
+            return True
+        others = [other() for key, other in list(self.threads.items()) if key != ident]
+        return not any(other is not None and other.is_alive() for other in others)
 
     def be_patient(self) -> None:
         """Stop looking for where inf or nan comes from, unless the first skip at the lowest scale is one too many."""
