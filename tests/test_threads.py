@@ -199,49 +199,54 @@ def test_float32_island_is_the_threads_own() -> None:
     assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
 
 
+class Aside(nn.Module):
+    """Keeps an auxiliary loss for each thread, in one dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.aux: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor, meanwhile: Callable[[], Any] = lambda: None) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        self.aux[threading.get_ident()] = hidden.float().square().mean()
+        meanwhile()
+        out: Tensor = self.head(hidden)
+        return out
+
+    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+        loss = out.square().mean() + self.aux[threading.get_ident()]
+        return torch.autograd.grad(loss, list(self.parameters()))
+
+
 @pytest.mark.parametrize(("policy", "scale"), CONFIGS)
-def test_losses_that_threads_keep_side_by_side_on_a_module_are_true(policy: str, scale: Any) -> None:
-    """In one dict, by thread: each finds the other's, finished or not, when it leaves."""
-
-    class Aside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-            self.meeting = Meeting(2)
-            self.aux: dict[int, Tensor] = {}
-
-        def forward(self, x: Tensor, last: bool) -> Tensor:
-            hidden = torch.tanh(self.body(x))
-            self.aux[threading.get_ident()] = hidden.float().square().mean()
-            self.meeting(x)
-            if last:
-                self.meeting(x)  # the other one has left meanwhile
-            out: Tensor = self.head(hidden)
-            return out
-
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_losses_that_threads_keep_side_by_side_on_a_module_are_true(policy: str, scale: Any, rescaled: bool) -> None:
+    """Each thread finds the other's, finished or not, when it leaves; they may have opened under different scales."""
     torch.manual_seed(0)
-    plain = Aside()
-    mine = copy.deepcopy(plain)
-    plain.meeting.number = 1
-    plain.meeting.restart()
+    mine = Aside()
+    plain = copy.deepcopy(mine)
     handle = wrapprec.wrap(mine, policy=policy, loss_scale=scale)
     inputs = [torch.randn(6, 8) for _ in range(2)]
     found: dict[int, Any] = {}
 
-    def run(index: int) -> None:
-        for step in range(6):
-            last = (step + index) % 2 == 1
-            out = mine(inputs[index], last)
-            if not last:
-                mine.meeting(out)
-            loss = out.square().mean() + mine.aux[threading.get_ident()]
-            found[index] = torch.autograd.grad(loss, list(mine.parameters()))
+    def inner() -> None:
+        found[1] = mine.gradients(mine(inputs[1]))
 
-    together(lambda: run(0), lambda: run(1))
-    assert handle.scale == (scale or 1)
+    def meanwhile() -> None:
+        if rescaled and scale is not None:
+            state = handle.state_dict()
+            state["scales"][0]["scale"] /= 2
+            handle.load_state_dict(state)
+            # The audits that this makes due are for the other forward's backward and two more.
+            mine.forward.shared.schedule.left = 0  # type: ignore[attr-defined]
+        together(inner)
+
+    def outer() -> None:
+        for _ in range(5):
+            found[0] = mine.gradients(mine(inputs[0], meanwhile))
+
+    together(outer)
     for index, x in enumerate(inputs):
-        true = torch.autograd.grad(
-            plain(x, False).square().mean() + plain.aux[threading.get_ident()], list(plain.parameters())
-        )
-        for got, want in zip(found[index], true, strict=True):
+        for got, want in zip(found[index], plain.gradients(plain(x)), strict=True):
             assert (got - want).norm() <= TOLERANCE[policy[:2]] * want.norm()

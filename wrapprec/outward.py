@@ -25,8 +25,8 @@ def cross_out(tensor: Tensor, border: Border, start: int, strict: bool = False) 
     # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
     if node is None or node._sequence_nr() < start:
         return tensor
-    if isinstance(node, Leave._backward_cls) and node.border.outer is not border:  # type: ignore[attr-defined]
-        return tensor  # it has left this scope, or one that another thread has opened
+    if isinstance(node, Leave._backward_cls) and node.border is border:  # type: ignore[attr-defined]
+        return tensor
     if strict and not any(below is border for below in audit.borders_below(tensor)[0]):
         return tensor
     # In float16 the true gradient would underflow before it is scaled.
