@@ -160,14 +160,7 @@ class Shared:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        lists: dict[str, Any] = {
-            "owners": [],
-            "buckets": [],
-            "retired": [],
-            "ids": set(),
-            "inside": [],
-            "threads": set(),
-        }
+        lists: dict[str, Any] = {"owners": [], "buckets": [], "retired": [], "ids": set(), "threads": {}}
         return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 
