@@ -22,7 +22,7 @@ LAYERS: dict[str, str] = {
     "wants": "grammar lossscale precision rule policy allowlist",
     "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
     "state": "current lent bucket scale border boundary audit diagnose state",
-    "effects": "copies writes escape checks recompute scope island traced mismatch region",
+    "effects": "copies writes escape checks recompute computed scope island traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",
     "package": "__init__",

@@ -169,10 +169,15 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             undo.set_attribute(module, "forward", own)
         own.name = fqn
         placement = placements[fqn]
-        if id(module) in parametrised:
-            # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals.
+        if id(module) in parametrised or _renormalises(module):
+            # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals, and
+            # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
         _configure(own, placement, shared, regions)
+
+
+def _renormalises(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:

@@ -114,6 +114,7 @@ class Forward:
         multi_tensor: its weights are cast in one pass with others.
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
         buckets: which bucket each of its parameters is lent in.
+        computed: which of its parameters hooks compute which weights from.
     """
 
     region: Region | None
@@ -129,6 +130,7 @@ class Forward:
         self.name = name
         self.replaced = replaced
         self.buckets: dict[str, Any] = {}
+        self.computed: dict[str, str] = {}
         self._tree: list[tuple[Forward, dict[str, Any], tuple[Any, ...]]] = []
         self._forwards: list[Forward] = []
         # No module of the subtree has come since wrap.
@@ -184,6 +186,8 @@ class Forward:
             scope.close()
 
     def _enter(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.computed:
+            scope.lend_computed(self)
         around = scope.region
         region = self.region if self.region is not None else around
         crosses = region is not around

@@ -21,6 +21,7 @@ from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
 from wrapprec.cast import map_tensors
 from wrapprec.checks import check_inputs, check_weights, version_of
+from wrapprec.computed import Replaced, computed
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
@@ -57,6 +58,7 @@ class Scope:
         self.region: Any = None
         self.done: set[int] = set()
         self.loans: list[Loan] = []
+        self.replaced = Replaced()
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}
         # Weights lent as copies, and their versions: forward must not write into them.
         self.copies: list[tuple[Forward, str, Tensor, int]] = []
@@ -92,6 +94,7 @@ class Scope:
             if id(forward) in self.done:
                 continue
             self.done.add(id(forward))
+            made_of = forward.computed = computed(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
             for key, param in originals(forward.module).items():
                 if param is None:
@@ -101,6 +104,8 @@ class Scope:
                     self.done.discard(id(forward))
                     continue
                 dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
+                # What a weight is computed from stays in float32; the result is cast.
+                dtype = None if key in made_of else dtype
                 dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
                 border = self.border is not None and param.requires_grad
                 if dtype is None and not border:
@@ -144,6 +149,22 @@ class Scope:
                 if self.shared.diagnosis is not None:
                     self.shared.diagnosis.watch_weight(forward.name, key, weight)
         return self.memo[id(wanted[2]), wanted[3]]
+
+    def lend_computed(self, forward: Forward) -> None:
+        """Cast the weights that hooks have computed for `forward`; one that was computed outside crosses the border."""
+        own = forward.module.__dict__
+        for key, name in forward.computed.items():
+            weight = own.get(name)
+            if not isinstance(weight, Tensor) or weight.dtype not in MIXABLE:
+                continue
+            dtype = None if weight.dtype is forward.lend_dtype else forward.lend_dtype
+            node = weight.grad_fn
+            outside = node is None or node._sequence_nr() < self.extent.first
+            if self.border is not None and weight.requires_grad and outside:
+                bucket = self._bucket(forward, key, forward.tree())
+                self.replaced.replace(forward.module, name, Lend.apply(self.border, bucket, (dtype,), weight)[0])
+            elif dtype is not None:
+                self.replaced.replace(forward.module, name, weight.to(dtype))
 
     def _as_opened(self) -> contextlib.AbstractContextManager[Any]:
         """The modes of the scope's opening, whatever forward has set where it first asks for a weight.
@@ -195,6 +216,7 @@ class Scope:
     def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
         check_weights(self.copies)
+        self.replaced.put_back()
         border = self.border
         scaler = self.shared.scaler
         if self.recomputes:
@@ -216,6 +238,7 @@ class Scope:
 
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
+        self.replaced.put_back()
         while self.loans:
             take_back(*self.loans[-1])
             self.loans.pop()

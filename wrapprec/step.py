@@ -143,9 +143,8 @@ class Stepper:
         if not self.active:
             return self._original(optimizer, *args, **kwargs)
         self.owned(closely=True)
-        trained = [model for model in self._models if model.trained_by(self)]
-        if not trained:
-            return self._original(optimizer, *args, **kwargs)
+        # One that owns no weights of theirs was given all the same: a hypernetwork's, behind a functional_call.
+        trained = [model for model in self._models if model.trained_by(self)] or self._models
         self.restored.check(stacklevel=3)
         self.clock = next(_clock)
         closure = args[0] if args else kwargs.get("closure")
