@@ -21,7 +21,7 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist",
     "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
-    "state": "current lent bucket scale border boundary audit diagnose state",
+    "state": "current standin lent bucket scale border boundary audit diagnose state",
     "effects": "copies writes escape checks recompute computed scope island traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from wrapprec.current import thread
@@ -17,6 +18,7 @@ from wrapprec.hold import check_scheduler
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.resume import load_scales
+from wrapprec.standin import take_away
 from wrapprec.state import Shared
 from wrapprec.step import Stepper
 from wrapprec.undo import UndoStack
@@ -233,7 +235,10 @@ class Handle:
         self.reset()
         for model in self._models:
             model.handle = None
-        self._undo.undo()
+        for obj, name in self._undo.undo():
+            if name in ("forward", "_old_forward") and isinstance(obj, nn.Module):
+                # accelerate's hooks were put over ours since, or taken away.
+                take_away(obj)
         self._models = []
         self._steppers = []
 

@@ -89,15 +89,17 @@ def resolve(
 
 def _device_of(model: nn.Module) -> torch.device:
     """The device of the first tensor that has storage: offloading leaves some of them on the meta device."""
-    found = None
+    empty = True
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 if not tensor.is_meta:
                     return tensor.device
-                found = tensor.device
-    if found is None:
-        return torch.device("cpu")
+                empty = False
+    offloaded = (_execution_device(module) for module in model.modules())
+    device = next((device for device in offloaded if device is not None), None)
+    if empty or device is not None:
+        return device or torch.device("cpu")
     raise PolicyError(
         message(
             "a model whose parameters have storage",
@@ -106,6 +108,16 @@ def _device_of(model: nn.Module) -> torch.device:
             remedy="materialise it first (model.to_empty, then load its weights); to plan only, pass device=",
         )
     )
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the offloaded weights of a module when it is called."""
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None and getattr(one, "offload", False):
+            return torch.device(device)
+    return None
 
 
 class _Decision(NamedTuple):

@@ -28,6 +28,7 @@ from wrapprec.mismatch import mismatch
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.scope import Scope
+from wrapprec.standin import StandIn, forward_of
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
 
@@ -97,7 +98,7 @@ class Region:
         return out
 
 
-class Forward:
+class Forward(StandIn):
     """Stands in for the `forward` of one module of a wrapped model.
 
     Args:
@@ -236,7 +237,7 @@ class Forward:
             self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in _walk(self)]
             self._forwards = [forward for forward, _, _ in self._tree]
             below = self.module.modules()
-            self._complete = all(isinstance(module.__dict__.get("forward"), Forward) for module in below)
+            self._complete = all(isinstance(forward_of(module), Forward) for module in below)
         return self._forwards
 
     def move_to(self, module: nn.Module) -> Forward:
@@ -297,7 +298,7 @@ class Forward:
 def _walk(forward: Forward) -> list[Forward]:
     found = []
     for module in forward.module.modules():
-        own = module.__dict__.get("forward")
+        own = forward_of(module)
         if isinstance(own, Forward) and own.shared is forward.shared:
             found.append(own if own.module is module else own.move_to(module))
     return found

@@ -26,8 +26,9 @@ from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
-from wrapprec.lent import Later, Weights, lend, originals, take_back
+from wrapprec.lent import Awaited, Later, Weights, lend, originals, take_back
 from wrapprec.recompute import Extent, remember
+from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -111,7 +112,9 @@ class Scope:
                 if dtype is None and not border:
                     continue
                 entry = forward, key, param, dtype
-                if frozen is not None:
+                if param.is_meta:
+                    weights[key] = Awaited(dtype)
+                elif frozen is not None:
                     weights[key] = self._freeze(frozen, param, dtype)
                 elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
                     weights[key] = Later(functools.partial(self._lend_one, entry))
@@ -184,7 +187,7 @@ class Scope:
     def _bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
         if key not in forward.buckets:
             root = None if self.shared.root is None else self.shared.root()
-            self.shared.partition(tree if root is None else root.__dict__["forward"].tree())
+            self.shared.partition(tree if root is None else forward_of(root).tree())
             if key not in forward.buckets:
                 self.shared.partition(tree)
         return forward.buckets[key]  # type: ignore[no-any-return]

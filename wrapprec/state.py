@@ -17,6 +17,7 @@ from wrapprec.diagnose import Diagnosis
 from wrapprec.lent import originals
 from wrapprec.plan import Plan
 from wrapprec.scale import Scaler
+from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.backends.base import Backend
@@ -95,7 +96,7 @@ class Shared:
         """Make the buckets anew, because who steps a parameter has changed."""
         root = None if self.root is None else self.root()
         if root is not None:
-            self.partition(root.__dict__["forward"].tree())
+            self.partition(forward_of(root).tree())
 
     def partition(self, tree: list[Forward]) -> None:
         """Assign the parameters below `tree` to buckets: in order, by owner, up to the backend's bucket size."""
