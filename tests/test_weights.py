@@ -338,6 +338,46 @@ def test_parametrised_weight_read_outside_forward_is_true(policy: str, kind: Any
     compare(run, policy, lambda: nn.Sequential(kind(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 4)), slack=2)
 
 
+@each_policy
+@pytest.mark.parametrize("scope_first", [True, False])
+@pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_cached_parametrisations_are_true_inside_and_outside_forward(policy: str, kind: Any, scope_first: bool) -> None:
+    def run(model: nn.Module) -> Results:
+        x = batch()
+        for step in range(2):
+            with parametrize.cached():
+                if scope_first:
+                    loss = model(x).square().mean() + model[0].weight.square().mean()
+                else:
+                    loss = model[0].weight.square().mean() + model(x).square().mean()
+                loss = loss + model[0](x).square().mean() + model(x).abs().mean()
+                assert model[0].weight.dtype == torch.float32
+            loss.div(4).backward()
+        return {**grads(model), "x": x.grad}
+
+    def make() -> nn.Module:
+        model = nn.Sequential(kind(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 4))
+        model(batch())
+        # In training a power iteration is made by each read that finds no cached value: more of them when wrapped.
+        return model.eval()
+
+    compare(run, policy, make, slack=2)
+
+
+@each_policy
+def test_cached_parametrisation_is_computed_once_for_several_forwards(policy: str) -> None:
+    calls: list[int] = []
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)))
+    wrapprec.wrap(model, policy=policy)
+    model[0].parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    with parametrize.cached():
+        model(batch())
+        model(batch())
+    assert len(calls) == 1
+    model(batch())
+    assert len(calls) == 2 and not parametrize._cache
+
+
 # Given tensors
 
 

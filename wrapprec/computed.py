@@ -6,9 +6,15 @@ parent has opened it, outside where the module itself is about to.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from wrapprec.lent import originals
+
+if TYPE_CHECKING:
+    from wrapprec.state import Shared
 
 _SUFFIXES = ("_g", "_v", "_orig", "_raw", "_bar")
 """What the parameters that a weight is computed from are called, after its own name; the last two by users."""
@@ -50,3 +56,31 @@ class Replaced:
             if module.__dict__.get(name) is tensor:
                 setattr(module, name, before)
             self.entries.pop()
+
+
+def enter_cache(shared: Shared, scale: Tensor | None) -> dict[Any, Any] | None:
+    """Where `parametrize.cached()` is on, let a scope have a cache of its own.
+
+    A weight that was computed inside is in low precision and its gradient is scaled; outside it must not be used, nor
+    the other way round. Scopes under the same scale share theirs.
+
+    Args:
+        shared: of the model that opens the scope.
+        scale: the scope's loss scale.
+
+    Returns:
+        The cache around the scope, for `leave_cache`; None where there is none.
+    """
+    if not parametrize._cache_enabled:
+        return None
+    around: dict[Any, Any] = parametrize._cache
+    if shared.cache is None or shared.cache[0] is not around or shared.cache[1] is not scale:
+        shared.cache = around, scale, {}
+    parametrize._cache = shared.cache[2]
+    return around
+
+
+def leave_cache(around: dict[Any, Any] | None) -> None:
+    """Put the cache around a scope back, unless `cached()` has ended since."""
+    if around is not None and parametrize._cache_enabled:
+        parametrize._cache = around

@@ -21,7 +21,7 @@ from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
 from wrapprec.cast import map_tensors
 from wrapprec.checks import check_inputs, check_weights, version_of
-from wrapprec.computed import Replaced, computed
+from wrapprec.computed import Replaced, computed, enter_cache, leave_cache
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
@@ -71,6 +71,7 @@ class Scope:
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
         self.suspended = False
         self.border = self._border(part_of)
+        self.cache = enter_cache(shared, None if self.border is None else self.border.scale)
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -242,6 +243,8 @@ class Scope:
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
         self.replaced.put_back()
+        leave_cache(self.cache)
+        self.cache = None
         while self.loans:
             take_back(*self.loans[-1])
             self.loans.pop()

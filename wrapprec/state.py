@@ -60,6 +60,8 @@ class Shared:
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
         self.frozen: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
         self.warned: set[str] = set()
+        # What `parametrize.cached()` keeps inside: its cache outside, the scale, and the cache.
+        self.cache: Any = None
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
@@ -149,7 +151,7 @@ class Shared:
         return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 
-_NOT_COPIED = ("root", "frozen", "diagnosis", "undo", "handle")
+_NOT_COPIED = ("root", "frozen", "cache", "diagnosis", "undo", "handle")
 
 
 def _elements(param: Tensor) -> int:
