@@ -20,7 +20,7 @@ from wrapprec.policy import Policy
 from wrapprec.resume import load_scales
 from wrapprec.standin import take_away
 from wrapprec.state import Shared
-from wrapprec.step import Stepper
+from wrapprec.step import Stepper, inner_optimizers
 from wrapprec.undo import UndoStack
 
 T = TypeVar("T")
@@ -146,15 +146,21 @@ class Handle:
             return
         stepper = next((s for s in self._steppers if s.guards(optimizer)), None)
         if stepper is None:
-            stepper = Stepper(optimizer, scaled)
-            stepper.install(self._undo)
-            stepper.restored.scale_loaded = self._loaded
-            self._steppers.append(stepper)
+            stepper = self._guard(Stepper(optimizer, scaled))
+            for inner in inner_optimizers(optimizer):
+                if not any(known.guards(inner) for known in self._steppers):
+                    self._guard(Stepper(inner, scaled, owner=stepper))
             for model in scaled:
                 model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
                 model.repartition()
         if scheduler is not None:
             stepper.hold(scheduler, self._undo)
+
+    def _guard(self, stepper: Stepper) -> Stepper:
+        stepper.install(self._undo)
+        stepper.restored.scale_loaded = self._loaded
+        self._steppers.append(stepper)
+        return stepper
 
     def _warn_of_strangers(self, optimizer: Optimizer) -> None:
         known = {id(p) for model in self._models for p in model.parameters()}
