@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -62,7 +59,9 @@ def make() -> nn.Module:
 @each_policy
 @each_order
 @each_way
-def test_offloaded_model_infers_in_the_compute_dtype(policy: str, how: str, wrapped_first: bool, tmp_path: Path) -> None:
+def test_offloaded_model_infers_in_the_compute_dtype(
+    policy: str, how: str, wrapped_first: bool, tmp_path: Path
+) -> None:
     plain, mine = make(), make()
     found = seen(mine.again)
     if wrapped_first:

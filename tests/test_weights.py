@@ -1,9 +1,8 @@
-"""Weights that are not plain: shared, computed from others, given from outside, masked, in containers, not there yet."""
+"""Weights that are not plain: shared, computed from others, given from outside, in containers, not there yet."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import wrapprec
-from wrapprec.errors import DtypeMismatchError, PolicyError, ScaleLeakError
+from wrapprec.errors import DtypeMismatchError, PolicyError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 
@@ -229,6 +228,28 @@ def test_computed_weight_in_a_checkpoint_is_true(policy: str, kind: Any) -> None
     compare(run, policy, Checkpointed, slack=2)
 
 
+# Dynamo's own: it makes a Function to trace one, and asks every tensor that it meets for its gradient.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@each_policy
+@pytest.mark.parametrize("inner", [True, False])
+def test_computed_weight_in_a_compiled_model_is_true(policy: str, inner: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = hooked_spectral_norm(nn.Linear(8, 8))
+    plain = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 4)) if inner else layer
+    mine = copy.deepcopy(plain)
+    wrapprec.wrap(mine, policy=policy)
+    results = []
+    for model, call in ((plain, plain), (mine, torch.compile(mine, backend="aot_eager", fullgraph=True))):
+        torch.manual_seed(2)
+        for _ in range(2):
+            x = batch()
+            call(x).square().mean().backward()
+        results.append({**grads(model), "x": x.grad, **{n: b.clone() for n, b in model.named_buffers()}})
+    assert_same(results[1], results[0], policy, slack=2)
+
+
 @each_policy
 def test_pruning_in_the_middle_of_training_is_true(policy: str) -> None:
     def run(model: nn.Module) -> Results:
@@ -344,7 +365,7 @@ def test_parametrised_weight_read_outside_forward_is_true(policy: str, kind: Any
 def test_cached_parametrisations_are_true_inside_and_outside_forward(policy: str, kind: Any, scope_first: bool) -> None:
     def run(model: nn.Module) -> Results:
         x = batch()
-        for step in range(2):
+        for _ in range(2):
             with parametrize.cached():
                 if scope_first:
                     loss = model(x).square().mean() + model[0].weight.square().mean()
@@ -554,7 +575,9 @@ def test_embedding_that_renormalises_hands_on_the_compute_dtype(policy: str) -> 
 @each_policy
 def test_lazy_model_trains_after_its_first_forward(policy: str) -> None:
     def make() -> nn.Module:
-        model = nn.Sequential(nn.LazyConv2d(4, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+        model = nn.Sequential(
+            nn.LazyConv2d(4, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)
+        )
         torch.manual_seed(3)
         model(torch.randn(2, 2, 6, 6))
         return model

@@ -128,4 +128,6 @@ def _not_all_zero(params: list[Tensor], device: torch.device) -> Tensor:
     if any(grad.layout is not torch.strided for grad in grads):
         return torch.ones((), dtype=torch.float32, device=device)
     with torch.no_grad():
-        return torch.stack([(norm != 0).to(device, torch.float32) for norm in torch._foreach_norm(grads, torch.inf)]).amax()
+        return torch.stack(
+            [(norm != 0).to(device, torch.float32) for norm in torch._foreach_norm(grads, torch.inf)]
+        ).amax()

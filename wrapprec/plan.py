@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from wrapprec import dtypes
 from wrapprec.allowlist import NORM, is_listed, is_torch_norm, keep_pattern, keeps_float32, scatter_note
 from wrapprec.backends.base import Backend
-from wrapprec.backends.select import auto_policy, backend_for
+from wrapprec.backends.select import auto_policy, backend_for, execution_device
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
@@ -96,7 +96,7 @@ def _device_of(model: nn.Module) -> torch.device:
                 if not tensor.is_meta:
                     return tensor.device
                 empty = False
-    offloaded = (_execution_device(module) for module in model.modules())
+    offloaded = (execution_device(module) for module in model.modules())
     device = next((device for device in offloaded if device is not None), None)
     if empty or device is not None:
         return device or torch.device("cpu")
@@ -108,16 +108,6 @@ def _device_of(model: nn.Module) -> torch.device:
             remedy="materialise it first (model.to_empty, then load its weights); to plan only, pass device=",
         )
     )
-
-
-def _execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the offloaded weights of a module when it is called."""
-    hook = module.__dict__.get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        device = getattr(one, "execution_device", None)
-        if device is not None and getattr(one, "offload", False):
-            return torch.device(device)
-    return None
 
 
 class _Decision(NamedTuple):

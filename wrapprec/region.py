@@ -138,16 +138,14 @@ class Forward(StandIn):
         self._complete = True
 
     @property
-    def __wrapped__(self) -> Any:
-        """The original, for inspect.signature."""
-        return self.original
-
-    @property
     def original(self) -> Any:
         """The forward this one stands in for."""
         if self.replaced is None:
             return type(self.module).forward.__get__(self.module)
         return self.replaced
+
+    # For inspect.signature.
+    __wrapped__ = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -188,7 +186,7 @@ class Forward(StandIn):
 
     def _enter(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.computed:
-            scope.lend_computed(self)
+            scope.computed.lend(self, scope)
         around = scope.region
         region = self.region if self.region is not None else around
         crosses = region is not around
@@ -228,8 +226,6 @@ class Forward(StandIn):
             if better is None:
                 raise
             raise better from error
-
-    # What is below
 
     def tree(self) -> list[Forward]:
         """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""

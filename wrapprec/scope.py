@@ -21,7 +21,7 @@ from wrapprec.boundary import Enter, Leave, Lend, Recompute
 from wrapprec.bucket import Bucket
 from wrapprec.cast import map_tensors
 from wrapprec.checks import check_inputs, check_weights, version_of
-from wrapprec.computed import Replaced, computed, enter_cache, leave_cache
+from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import ScaleLeakError, message
@@ -59,7 +59,6 @@ class Scope:
         self.region: Any = None
         self.done: set[int] = set()
         self.loans: list[Loan] = []
-        self.replaced = Replaced()
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}
         # Weights lent as copies, and their versions: forward must not write into them.
         self.copies: list[tuple[Forward, str, Tensor, int]] = []
@@ -71,7 +70,7 @@ class Scope:
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
         self.suspended = False
         self.border = self._border(part_of)
-        self.cache = enter_cache(shared, None if self.border is None else self.border.scale)
+        self.computed = Computed(shared, self.border)
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -86,8 +85,6 @@ class Scope:
             outer = outer.outer
         return Border(scaler, None if outer is None else outer.border, self.extent)
 
-    # Weights
-
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
@@ -96,7 +93,7 @@ class Scope:
             if id(forward) in self.done:
                 continue
             self.done.add(id(forward))
-            made_of = forward.computed = computed(forward.module) if forward.module._forward_pre_hooks else {}
+            made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
             for key, param in originals(forward.module).items():
                 if param is None:
@@ -105,9 +102,8 @@ class Scope:
                     # Its module gives it a shape when it is called, just before its forward.
                     self.done.discard(id(forward))
                     continue
-                dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
-                # What a weight is computed from stays in float32; the result is cast.
-                dtype = None if key in made_of else dtype
+                low = forward.lend_dtype if frozen is None else forward.freeze_dtype
+                dtype = None if key in made_of else low  # the result is cast
                 dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
                 border = self.border is not None and param.requires_grad
                 if dtype is None and not border:
@@ -120,7 +116,7 @@ class Scope:
                 elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
                     weights[key] = Later(functools.partial(self._lend_one, entry))
                 else:
-                    bucket = self._bucket(forward, key, tree)
+                    bucket = self.bucket(forward, key, tree)
                     group = groups.setdefault(id(bucket), [])
                     group.append(entry)
                     weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
@@ -154,22 +150,6 @@ class Scope:
                     self.shared.diagnosis.watch_weight(forward.name, key, weight)
         return self.memo[id(wanted[2]), wanted[3]]
 
-    def lend_computed(self, forward: Forward) -> None:
-        """Cast the weights that hooks have computed for `forward`; one that was computed outside crosses the border."""
-        own = forward.module.__dict__
-        for key, name in forward.computed.items():
-            weight = own.get(name)
-            if not isinstance(weight, Tensor) or weight.dtype not in MIXABLE:
-                continue
-            dtype = None if weight.dtype is forward.lend_dtype else forward.lend_dtype
-            node = weight.grad_fn
-            outside = node is None or node._sequence_nr() < self.extent.first
-            if self.border is not None and weight.requires_grad and outside:
-                bucket = self._bucket(forward, key, forward.tree())
-                self.replaced.replace(forward.module, name, Lend.apply(self.border, bucket, (dtype,), weight)[0])
-            elif dtype is not None:
-                self.replaced.replace(forward.module, name, weight.to(dtype))
-
     def _as_opened(self) -> contextlib.AbstractContextManager[Any]:
         """The modes of the scope's opening, whatever forward has set where it first asks for a weight.
 
@@ -185,7 +165,7 @@ class Scope:
         modes.enter_context(torch.set_grad_enabled(not self.inference))
         return modes
 
-    def _bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
+    def bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
         if key not in forward.buckets:
             root = None if self.shared.root is None else self.shared.root()
             self.shared.partition(tree if root is None else forward_of(root).tree())
@@ -199,8 +179,6 @@ class Scope:
             cache[id(param), dtype] = param, param.detach().to(dtype)
         frozen: Tensor = cache[id(param), dtype][1]
         return frozen
-
-    # The border
 
     def enter(self, tree: Any) -> Any:
         """Put the border on the inputs that require grad."""
@@ -220,7 +198,7 @@ class Scope:
     def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
         check_weights(self.copies)
-        self.replaced.put_back()
+        self.computed.put_back()
         border = self.border
         scaler = self.shared.scaler
         if self.recomputes:
@@ -242,9 +220,7 @@ class Scope:
 
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
-        self.replaced.put_back()
-        leave_cache(self.cache)
-        self.cache = None
+        self.computed.close()
         while self.loans:
             take_back(*self.loans[-1])
             self.loans.pop()

@@ -29,16 +29,17 @@ _READ_EVERY = 100
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that one keeps to do its work for it, on parameters of its own: their steps are called directly."""
+    """The optimizers that one keeps to do its work for it, and of which a loop may call `step` directly."""
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found: list[Optimizer] = []
     todo: list[Optimizer] = [optimizer]
     while todo:
         for value in vars(todo.pop()).values():
-            if isinstance(value, Optimizer) and value is not optimizer and all(value is not known for known in found):
-                if any(id(p) in mine for group in value.param_groups for p in group["params"]):
-                    found.append(value)
-                    todo.append(value)
+            if not isinstance(value, Optimizer) or any(value is known for known in (optimizer, *found)):
+                continue
+            if any(id(p) in mine for group in value.param_groups for p in group["params"]):
+                found.append(value)
+                todo.append(value)
     return found
 
 
@@ -48,7 +49,7 @@ class Stepper:
     Args:
         optimizer: whose step this guards; it is not kept alive.
         models: the models of the handle that have a loss scale.
-        owner: of the optimizer that this one does the work for (SAM's, Lookahead's); they answer for the same gradients.
+        owner: of the optimizer that this one does the work for (SAM's, Lookahead's), and answers for both.
     """
 
     def __init__(self, optimizer: Optimizer, models: list[Shared], owner: Stepper | None = None) -> None:
