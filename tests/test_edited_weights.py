@@ -497,3 +497,19 @@ def test_overflow_in_one_of_two_accumulated_backwards_skips_though_it_was_clippe
     loss_of(model, x, y).backward()
     optimizer.step()
     assert handle.step_was_skipped
+
+
+@each_f16_policy
+def test_each_gradient_zeroed_by_hand_counts_not_some_of_them(policy: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    handle = wrapprec.wrap(model, optimizer, policy)
+    x, y = next(batches(1))
+    (1e8 * loss_of(model, x, y)).backward()
+    first, *others = (p.grad for p in model.parameters())
+    first.zero_()
+    for grad in others:
+        grad.nan_to_num_(nan=1.0).clamp_(-1, 1)
+    loss_of(model, x, y).backward()
+    optimizer.step()
+    assert handle.step_was_skipped
