@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 Owner = Any
 """Whoever steps a parameter: compared by identity."""
@@ -32,6 +33,8 @@ class Bucket:
 
     def _reset(self) -> None:
         self.task = -1
+        # A gradient as the last backward left it.
+        self.left: tuple[int, int] | None = None
         self.params: list[Tensor] = []
         self.versions: list[int] = []
         self.consumed: set[int] = set()
@@ -46,8 +49,9 @@ class Bucket:
     def record(self, flags: list[Tensor], params: list[Tensor], seen: Tensor) -> None:
         """Keep what backward saw in the gradients of `params`, for the step and, in `seen`, for the scale.
 
-        Gradients that arrive where none are (``p.grad is None``) start afresh: the user dropped the earlier ones. Two
-        arrivals within one backward belong together, since autograd accumulates only after the last.
+        Gradients that arrive where none are (``p.grad is None``) start afresh: the user dropped the earlier ones. So do
+        those that arrive where all are zero, if somebody wrote into them since the last backward. Two arrivals within
+        one backward belong together, since autograd accumulates only after the last.
         """
         assert self.found is not None
         task = torch._C._current_graph_task_id()
@@ -56,6 +60,11 @@ class Bucket:
         concerned = self.params + leaves
         if task != self.task and concerned and all(p.grad is None for p in concerned):
             self.forget()
+        if task != self.task:
+            if self.pending and self.left is not None and self.left != self._first_gradient():
+                self.found.mul_(_not_all_zero(self.params, self.found.device))
+            if task != -1:
+                Variable._execution_engine.queue_callback(self._leave_backward)
         self.task = task
         self.pending = True
         for flag in flags:
@@ -66,6 +75,14 @@ class Bucket:
         fresh = [p for p in leaves if id(p) not in known]
         self.params += fresh
         self.versions += [p._version for p in fresh]
+
+    def _leave_backward(self) -> None:
+        self.left = self._first_gradient()
+
+    def _first_gradient(self) -> tuple[int, int] | None:
+        """A gradient and its version: whoever zeroes them by hand changes this one too."""
+        grad = next((p.grad for p in self.params if p.grad is not None), None)
+        return None if grad is None else (id(grad), grad._version)
 
     def watch(self, ids: set[int]) -> None:
         """A patched step has changed the parameters known by `ids`: remember their versions anew.
@@ -103,3 +120,14 @@ class Bucket:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__((), **state)  # type: ignore[misc]  # restores exactly what __init__ sets
+
+
+def _not_all_zero(params: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 unless every gradient is zero: float32, shape (), on `device`; nothing is read on the host."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if any(grad.layout is not torch.strided for grad in grads):
+        return torch.ones((), dtype=torch.float32, device=device)
+    with torch.no_grad():
+        return torch.stack(
+            [(norm != 0).to(device, torch.float32) for norm in torch._foreach_norm(grads, torch.inf)]
+        ).amax()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from wrapprec.current import thread
@@ -17,8 +18,9 @@ from wrapprec.hold import check_scheduler
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.resume import load_scales
+from wrapprec.standin import take_away
 from wrapprec.state import Shared
-from wrapprec.step import Stepper
+from wrapprec.step import Stepper, inner_optimizers
 from wrapprec.undo import UndoStack
 
 T = TypeVar("T")
@@ -144,15 +146,21 @@ class Handle:
             return
         stepper = next((s for s in self._steppers if s.guards(optimizer)), None)
         if stepper is None:
-            stepper = Stepper(optimizer, scaled)
-            stepper.install(self._undo)
-            stepper.restored.scale_loaded = self._loaded
-            self._steppers.append(stepper)
+            stepper = self._guard(Stepper(optimizer, scaled))
+            for inner in inner_optimizers(optimizer):
+                if not any(known.guards(inner) for known in self._steppers):
+                    self._guard(Stepper(inner, scaled, owner=stepper))
             for model in scaled:
                 model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
                 model.repartition()
         if scheduler is not None:
             stepper.hold(scheduler, self._undo)
+
+    def _guard(self, stepper: Stepper) -> Stepper:
+        stepper.install(self._undo)
+        stepper.restored.scale_loaded = self._loaded
+        self._steppers.append(stepper)
+        return stepper
 
     def _warn_of_strangers(self, optimizer: Optimizer) -> None:
         known = {id(p) for model in self._models for p in model.parameters()}
@@ -233,7 +241,10 @@ class Handle:
         self.reset()
         for model in self._models:
             model.handle = None
-        self._undo.undo()
+        for obj, name in self._undo.undo():
+            if name in ("forward", "_old_forward") and isinstance(obj, nn.Module):
+                # accelerate's hooks were put over ours since, or taken away.
+                take_away(obj)
         self._models = []
         self._steppers = []
 

@@ -20,6 +20,7 @@ from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, m
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
+from wrapprec.standin import forward_of, place_of
 from wrapprec.state import Request, Shared
 from wrapprec.undo import UndoStack
 
@@ -67,12 +68,12 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
     _place(model, shared, undo, plan)
-    for forward in model.__dict__["forward"].tree():
+    for forward in forward_of(model).tree():
         for key, param in forward.module._parameters.items():
             problem = None if param is None else check_dtype(forward, key, param)
             if problem is not None and shared.mixed:
                 raise PolicyError(problem)
-    shared.partition(model.__dict__["forward"].tree())
+    shared.partition(forward_of(model).tree())
     for note in plan.notes:
         if note not in _said:
             _said.add(note)
@@ -102,7 +103,7 @@ def refresh(forward: Forward) -> None:
         shared.plan = plan
     _place(model, shared, shared.undo, plan)
     shared.start_scaling()
-    shared.partition(model.__dict__["forward"].tree())
+    shared.partition(forward_of(model).tree())
     shared.schedule.restart()
 
 
@@ -130,7 +131,7 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
 
 
 def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
-    own = model.__dict__.get("forward")
+    own = forward_of(model)
     if isinstance(own, Forward) and own.shared in siblings:
         raise AlreadyWrappedError(
             message(
@@ -141,7 +142,7 @@ def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
             )
         )
     for fqn, module in model.named_modules():
-        own = module.__dict__.get("forward")
+        own = forward_of(module)
         if isinstance(own, Forward) and own.shared not in siblings:
             raise AlreadyWrappedError(
                 message(
@@ -161,18 +162,23 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
     for fqn, module in model.named_modules():
         if isinstance(module, ParametrizationList):
             parametrised.update(map(id, module.modules()))
-        own = module.__dict__.get("forward")
+        own = forward_of(module)
         if isinstance(own, Forward) and own.shared is not shared:
             continue
         if not isinstance(own, Forward) or own.module is not module:
             own = Forward(module, shared, fqn, replaced=own.replaced if isinstance(own, Forward) else own)
-            undo.set_attribute(module, "forward", own)
+            undo.set_attribute(module, place_of(module), own)
         own.name = fqn
         placement = placements[fqn]
-        if id(module) in parametrised:
-            # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals.
+        if id(module) in parametrised or _renormalises(module):
+            # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals, and
+            # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
         _configure(own, placement, shared, regions)
+
+
+def _renormalises(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
@@ -200,8 +206,8 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
 def adopt(model: nn.Module) -> UndoStack:
     """The undo stack of a model that was copied or loaded in wrapped state."""
     undo = UndoStack()
-    forward = model.__dict__["forward"]
+    forward = forward_of(model)
     forward.shared.root = weakref.ref(model)
     for below in forward.tree():
-        undo.remember(below.module, "forward", below, below.replaced)
+        undo.remember(below.module, place_of(below.module), below, below.replaced)
     return undo

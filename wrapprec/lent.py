@@ -12,6 +12,7 @@ from collections.abc import Callable, ItemsView, ValuesView
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _installing = threading.Lock()
@@ -39,6 +40,27 @@ class Later:
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self.make = make
+
+
+class Awaited:
+    """A weight that is on the meta device until an offloading hook (accelerate's) brings it, when its module is called.
+
+    What the hook brings is cast, and stays out of the module's own dict: nothing is kept when the hook takes it away.
+    Its gradient would be lost in any case.
+
+    Args:
+        dtype: to cast to, or None for its own.
+    """
+
+    __slots__ = ("dtype", "weight")
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.weight: Tensor | None = None
+
+    def take(self, value: Tensor) -> None:
+        """The hook has brought the weight, or taken it away."""
+        self.weight = None if value.is_meta else nn.Parameter(value.detach().to(self.dtype), requires_grad=False)
 
 
 class Lent(dict[str, Any]):
@@ -71,6 +93,8 @@ class Lent(dict[str, Any]):
             weight = overlay[name]
             if type(weight) is Later:
                 weight = overlay[name] = weight.make()
+            elif type(weight) is Awaited:
+                weight = dict.__getitem__(self, name) if weight.weight is None else weight.weight
             return weight
         return dict.__getitem__(self, name)
 
@@ -92,6 +116,9 @@ class Lent(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         overlay = self._overlay()
         if overlay is not None and name in overlay and isinstance(value, Tensor):
+            if type(overlay[name]) is Awaited:
+                overlay[name].take(value)
+                return
             # torch.func.functional_call swaps tensors in and out; a Parameter that stays is kept by `settle`.
             overlay[name] = value
             return

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from wrapprec import dtypes
 from wrapprec.allowlist import NORM, is_listed, is_torch_norm, keep_pattern, keeps_float32, scatter_note
 from wrapprec.backends.base import Backend
-from wrapprec.backends.select import auto_policy, backend_for
+from wrapprec.backends.select import auto_policy, backend_for, execution_device
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
@@ -89,15 +89,17 @@ def resolve(
 
 def _device_of(model: nn.Module) -> torch.device:
     """The device of the first tensor that has storage: offloading leaves some of them on the meta device."""
-    found = None
+    empty = True
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 if not tensor.is_meta:
                     return tensor.device
-                found = tensor.device
-    if found is None:
-        return torch.device("cpu")
+                empty = False
+    offloaded = (execution_device(module) for module in model.modules())
+    device = next((device for device in offloaded if device is not None), None)
+    if empty or device is not None:
+        return device or torch.device("cpu")
     raise PolicyError(
         message(
             "a model whose parameters have storage",

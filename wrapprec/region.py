@@ -28,6 +28,7 @@ from wrapprec.mismatch import mismatch
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.scope import Scope
+from wrapprec.standin import StandIn, forward_of
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
 
@@ -97,7 +98,7 @@ class Region:
         return out
 
 
-class Forward:
+class Forward(StandIn):
     """Stands in for the `forward` of one module of a wrapped model.
 
     Args:
@@ -114,6 +115,7 @@ class Forward:
         multi_tensor: its weights are cast in one pass with others.
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
         buckets: which bucket each of its parameters is lent in.
+        computed: which of its parameters hooks compute which weights from.
     """
 
     region: Region | None
@@ -129,15 +131,11 @@ class Forward:
         self.name = name
         self.replaced = replaced
         self.buckets: dict[str, Any] = {}
+        self.computed: dict[str, str] = {}
         self._tree: list[tuple[Forward, dict[str, Any], tuple[Any, ...]]] = []
         self._forwards: list[Forward] = []
         # No module of the subtree has come since wrap.
         self._complete = True
-
-    @property
-    def __wrapped__(self) -> Any:
-        """The original, for inspect.signature."""
-        return self.original
 
     @property
     def original(self) -> Any:
@@ -145,6 +143,9 @@ class Forward:
         if self.replaced is None:
             return type(self.module).forward.__get__(self.module)
         return self.replaced
+
+    # For inspect.signature.
+    __wrapped__ = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -187,6 +188,8 @@ class Forward:
             scope.close()
 
     def _enter(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.computed:
+            scope.computed.lend(self, scope)
         around = scope.region
         region = self.region if self.region is not None else around
         crosses = region is not around
@@ -233,7 +236,7 @@ class Forward:
             self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in _walk(self)]
             self._forwards = [forward for forward, _, _ in self._tree]
             below = self.module.modules()
-            self._complete = all(isinstance(module.__dict__.get("forward"), Forward) for module in below)
+            self._complete = all(isinstance(forward_of(module), Forward) for module in below)
         return self._forwards
 
     def move_to(self, module: nn.Module) -> Forward:
@@ -294,7 +297,7 @@ class Forward:
 def _walk(forward: Forward) -> list[Forward]:
     found = []
     for module in forward.module.modules():
-        own = module.__dict__.get("forward")
+        own = forward_of(module)
         if isinstance(own, Forward) and own.shared is forward.shared:
             found.append(own if own.module is module else own.move_to(module))
     return found

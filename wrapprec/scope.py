@@ -22,12 +22,14 @@ from wrapprec.bucket import Bucket
 from wrapprec.carried import Carried, any_widened, note_widened
 from wrapprec.cast import map_tensors, tensors_in
 from wrapprec.checks import check_inputs, check_weights, version_of
+from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
-from wrapprec.lent import Later, Weights, lend, originals, take_back
+from wrapprec.lent import Awaited, Later, Weights, lend, originals, take_back
 from wrapprec.outward import cross_out
 from wrapprec.recompute import Extent, remember
+from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -72,6 +74,7 @@ class Scope:
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
         self.border = self._border(part_of)
+        self.computed = Computed(shared, self.border)
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -86,8 +89,6 @@ class Scope:
             outer = outer.outer
         return Border(scaler, None if outer is None else outer.border, self.extent)
 
-    # Weights
-
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
@@ -96,6 +97,7 @@ class Scope:
             if id(forward) in self.done:
                 continue
             self.done.add(id(forward))
+            made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
             for key, param in originals(forward.module).items():
                 if param is None:
@@ -104,18 +106,21 @@ class Scope:
                     # Its module gives it a shape when it is called, just before its forward.
                     self.done.discard(id(forward))
                     continue
-                dtype = forward.lend_dtype if frozen is None else forward.freeze_dtype
+                low = forward.lend_dtype if frozen is None else forward.freeze_dtype
+                dtype = None if key in made_of else low  # the result is cast
                 dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
                 border = self.border is not None and param.requires_grad
                 if dtype is None and not border:
                     continue
                 entry = forward, key, param, dtype
-                if frozen is not None:
+                if param.is_meta:
+                    weights[key] = Awaited(dtype)
+                elif frozen is not None:
                     weights[key] = self._freeze(frozen, param, dtype)
                 elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
                     weights[key] = Later(functools.partial(self._lend_one, entry))
                 else:
-                    bucket = self._bucket(forward, key, tree)
+                    bucket = self.bucket(forward, key, tree)
                     group = groups.setdefault(id(bucket), [])
                     group.append(entry)
                     weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
@@ -164,10 +169,11 @@ class Scope:
         modes.enter_context(torch.set_grad_enabled(not self.inference))
         return modes
 
-    def _bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
+    def bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
+        """The bucket of a parameter; what came since the last partition gets one now."""
         if key not in forward.buckets:
             root = None if self.shared.root is None else self.shared.root()
-            self.shared.partition(tree if root is None else root.__dict__["forward"].tree())
+            self.shared.partition(tree if root is None else forward_of(root).tree())
             if key not in forward.buckets:
                 self.shared.partition(tree)
         return forward.buckets[key]  # type: ignore[no-any-return]
@@ -178,8 +184,6 @@ class Scope:
             cache[id(param), dtype] = param, param.detach().to(dtype)
         frozen: Tensor = cache[id(param), dtype][1]
         return frozen
-
-    # The border
 
     def enter(self, forward: Forward, tree: Any) -> Any:
         """Put the border on the inputs that require grad, and on what else comes in."""
@@ -206,6 +210,7 @@ class Scope:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
         check_weights(self.copies)
         self.look_at_watched()
+        self.computed.put_back()
         border = self.border
         scaler = self.shared.scaler
         if self.recomputes:
@@ -260,6 +265,7 @@ class Scope:
 
     def close(self) -> None:
         """Put everything back; called again after an interrupt, it goes on where it was."""
+        self.computed.close()
         while self.loans:
             take_back(*self.loans[-1])
             self.loans.pop()

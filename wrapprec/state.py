@@ -18,6 +18,7 @@ from wrapprec.diagnose import Diagnosis
 from wrapprec.lent import originals
 from wrapprec.plan import Plan
 from wrapprec.scale import Scaler
+from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.backends.base import Backend
@@ -64,6 +65,8 @@ class Shared:
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
         self.frozen: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
         self.warned: set[str] = set()
+        # What `parametrize.cached()` keeps inside: its cache outside, the scale, and the cache.
+        self.cache: Any = None
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
@@ -111,7 +114,7 @@ class Shared:
         """Make the buckets anew, because who steps a parameter has changed."""
         root = None if self.root is None else self.root()
         if root is not None:
-            self.partition(root.__dict__["forward"].tree())
+            self.partition(forward_of(root).tree())
 
     def partition(self, tree: list[Forward]) -> None:
         """Assign the parameters below `tree` to buckets: in order, by owner, up to the backend's bucket size."""
@@ -164,7 +167,7 @@ class Shared:
         return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 
-_NOT_COPIED = ("root", "frozen", "diagnosis", "undo", "handle")
+_NOT_COPIED = ("root", "frozen", "cache", "diagnosis", "undo", "handle")
 
 
 def _elements(param: Tensor) -> int:

@@ -28,15 +28,32 @@ _READ_EVERY = 100
 """Fused steps between two host reads of the count of skips."""
 
 
+def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one keeps to do its work for it, and of which a loop may call `step` directly."""
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found: list[Optimizer] = []
+    todo: list[Optimizer] = [optimizer]
+    while todo:
+        for value in vars(todo.pop()).values():
+            if not isinstance(value, Optimizer) or any(value is known for known in (optimizer, *found)):
+                continue
+            if any(id(p) in mine for group in value.param_groups for p in group["params"]):
+                found.append(value)
+                todo.append(value)
+    return found
+
+
 class Stepper:
     """What `wrap` puts in place of one optimizer's `step`.
 
     Args:
         optimizer: whose step this guards; it is not kept alive.
         models: the models of the handle that have a loss scale.
+        owner: of the optimizer that this one does the work for (SAM's, Lookahead's), and answers for both.
     """
 
-    def __init__(self, optimizer: Optimizer, models: list[Shared]) -> None:
+    def __init__(self, optimizer: Optimizer, models: list[Shared], owner: Stepper | None = None) -> None:
+        self.owner = self if owner is None else owner
         self._optimizer = weakref.ref(optimizer)
         self._before: Callable[..., Any] | None = optimizer.__dict__.get("step")
         self._models = models
@@ -143,9 +160,8 @@ class Stepper:
         if not self.active:
             return self._original(optimizer, *args, **kwargs)
         self.owned(closely=True)
-        trained = [model for model in self._models if model.trained_by(self)]
-        if not trained:
-            return self._original(optimizer, *args, **kwargs)
+        # One that owns no weights of theirs was given all the same: a hypernetwork's, behind a functional_call.
+        trained = [model for model in self._models if model.trained_by(self.owner)] or self._models
         self.restored.check(stacklevel=3)
         self.clock = next(_clock)
         closure = args[0] if args else kwargs.get("closure")
@@ -153,7 +169,7 @@ class Stepper:
             rest = {key: value for key, value in kwargs.items() if key != "closure"}
             return self._step_with_closure(optimizer, trained, closure, args[1:], rest)
         with torch.no_grad():
-            skip = judge(optimizer, self, trained)
+            skip = judge(optimizer, self.owner, trained)
             fused = is_fused(optimizer)
             if fused and not self._reads_always and prepare_momentum(optimizer):
                 return self._step_on_device(optimizer, skip, args, kwargs)
@@ -208,7 +224,7 @@ class Stepper:
 
     def check_patience(self) -> None:
         """Read how many fused steps in a row were skipped: now and then, and when the handle is asked."""
-        trained = [model for model in self._models if model.trained_by(self)]
+        trained = [model for model in self._models if model.trained_by(self.owner)]
         if trained and self._skipped_on_device is not None:
             numbers = trained[0].backend.read(*counts(trained))
             self._reads_always |= judge_patience(trained, numbers)
@@ -218,8 +234,8 @@ class Stepper:
         self._zeroed = True
         for model in self._models:
             for bucket in model.pending():
-                if self in bucket.owners:
-                    bucket.consume(self)
+                if self.owner in bucket.owners:
+                    bucket.consume(self.owner)
 
     # Closures
 
@@ -228,7 +244,7 @@ class Stepper:
     ) -> Any:
         def overflowed() -> tuple[bool, bool]:
             with torch.no_grad():
-                skipped, numbers = self._read_verdict(judge(optimizer, self, trained), trained)
+                skipped, numbers = self._read_verdict(judge(optimizer, self.owner, trained), trained)
                 self._reads_always = judge_patience(trained, numbers)
             return skipped, any(numbers[::2])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from wrapprec.cast import cast_tree, map_tensors
+from wrapprec.computed import computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 
@@ -67,7 +68,11 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     """`Forward.__call__` under dynamo."""
     scope = thread.scope
     if scope is not None and scope.shared is forward.shared:
-        return _enter(forward, scope, args, kwargs)
+        computed = _swap_computed(forward, None)
+        try:
+            return _enter(forward, scope, args, kwargs)
+        finally:
+            _swap_back(forward, computed)
     shared = forward.shared
     scaler = shared.scaler if torch.is_grad_enabled() else None
     opened = TracedScope(shared, scope, None if scaler is None else scaler.scale)
@@ -78,7 +83,11 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         if scaler is not None:
             inverse = scaler.scale.reciprocal()
             args, kwargs = map_tensors(lambda t: _crossed(t, inverse), (args, kwargs))
-        out = _enter(forward, opened, args, kwargs)
+        computed = _swap_computed(forward, scaler)
+        try:
+            out = _enter(forward, opened, args, kwargs)
+        finally:
+            _swap_back(forward, computed)
         if forward.output_dtype is not None:
             out = cast_tree(out, forward.output_dtype)
         if scaler is not None:
@@ -104,11 +113,14 @@ def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> N
     for below in forward.tree():
         # A lent weight is no Parameter, whatever torch's annotation says.
         weights: dict[str, Any] = below.module._parameters
+        if below.module._forward_pre_hooks:
+            below.computed = computed_by_hooks(below.module)
         for name in list(weights):
             param = weights[name]
             if param is None:
                 continue
-            dtype = below.lend_dtype if param.dtype in MIXABLE and below.lend_dtype is not None else param.dtype
+            low = None if name in below.computed else below.lend_dtype
+            dtype = low if param.dtype in MIXABLE and low is not None else param.dtype
             border = scaler is not None and param.requires_grad
             if dtype == param.dtype and not border:
                 continue
@@ -122,6 +134,30 @@ def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> N
                     memo[key] = param.to(dtype)
             loans.append((weights, name, param))
             weights[name] = memo[key]
+
+
+def _swap_computed(forward: Forward, scaler: Any) -> list[tuple[str, Tensor]]:
+    """Lend the weights that hooks have computed outside, where there is a scaler, or cast those computed inside."""
+    swapped: list[tuple[str, Tensor]] = []
+    for name, key in {name: key for key, name in forward.computed.items()}.items():
+        weight: Any = getattr(forward.module, name)
+        dtype = forward.lend_dtype if weight.dtype in MIXABLE and forward.lend_dtype is not None else weight.dtype
+        if scaler is not None and weight.requires_grad:
+            bucket = forward.buckets[key]
+            bucket.pending = True
+            made: Tensor = LendOne.apply(weight, dtype, scaler.scale, bucket.found, scaler.seen)
+        elif weight.dtype is not dtype:
+            made = weight.to(dtype)
+        else:
+            continue
+        swapped.append((name, weight))
+        setattr(forward.module, name, made)
+    return swapped
+
+
+def _swap_back(forward: Forward, swapped: list[tuple[str, Tensor]]) -> None:
+    for name, weight in swapped:
+        setattr(forward.module, name, weight)
 
 
 def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

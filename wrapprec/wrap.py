@@ -16,6 +16,7 @@ from wrapprec.install import adopt, install
 from wrapprec.policy import Policy
 from wrapprec.region import Forward
 from wrapprec.rule import Rule
+from wrapprec.standin import forward_of
 from wrapprec.state import Request, Shared
 from wrapprec.undo import UndoStack
 
@@ -126,7 +127,7 @@ def handle_of(model: nn.Module) -> Handle | None:
     True
     """
     for module in model.modules():
-        forward = module.__dict__.get("forward")
+        forward = forward_of(module)
         if isinstance(forward, Forward):
             shared = forward.shared
             if shared.handle is None:

@@ -6,6 +6,7 @@ import functools
 import os
 
 import torch
+from torch import nn
 
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
@@ -71,3 +72,13 @@ def auto_policy(device: torch.device | str) -> tuple[Policy, str]:
         return Policy.parse(_LAUNCHED[launched]), f"accelerate's launcher set {_LAUNCHER}={launched}"
     spelling, reason = backend_for(device).auto(torch.device(device))
     return Policy.parse(spelling), reason
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the offloaded weights of a module when it is called, or None."""
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None and getattr(one, "offload", False):
+            return torch.device(device)
+    return None

@@ -1,0 +1,40 @@
+"""Finds what stands in for a module's forward: as its `forward`, or beneath one that accelerate put there since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class StandIn:
+    """What `wrap` puts on a module; `region.Forward` is the only one."""
+
+    replaced: Any
+    original: Any
+
+
+def place_of(module: nn.Module) -> str:
+    """Under which name a module's stand-in belongs, or is.
+
+    accelerate's hooks keep the forward that they found as `_old_forward`, call it between bringing the weights and
+    taking them away, and put it back when they go.
+    """
+    own = module.__dict__
+    return "_old_forward" if "_hf_hook" in own and "_old_forward" in own else "forward"
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The stand-in on a module, or else the forward that its instance has there, or None."""
+    return module.__dict__.get(place_of(module))
+
+
+def take_away(module: nn.Module) -> None:
+    """Put the original back where a stand-in was moved since it was put there."""
+    name = place_of(module)
+    own = module.__dict__.get(name)
+    if isinstance(own, StandIn):
+        if name == "forward" and own.replaced is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = own.original
