@@ -40,9 +40,9 @@ print(handle)
 _TIMED = """
 import time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import wrapprec
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
 
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import wrapprec
-from wrapprec.errors import DtypeMismatchError, PolicyError, ScaleLeakError
+from wrapprec.errors import DtypeMismatchError, PolicyError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 
@@ -290,18 +290,25 @@ def test_overflow_in_a_computed_weight_skips_the_step_though_clipping_hid_it(pol
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@each_f16_policy
-def test_weight_computed_by_a_hook_that_nothing_tells_of_is_refused(policy: str) -> None:
+def secretly_doubled() -> nn.Module:
+    """A linear layer whose weight a plain function computes before forward: nothing tells of it."""
     model = nn.Linear(8, 4)
-    weight = model._parameters.pop("weight")
-    model.register_parameter("secret", weight)
+    model.register_parameter("secret", model._parameters.pop("weight"))
     model.register_forward_pre_hook(lambda module, args: setattr(module, "weight", module.secret * 2))
-    wrapprec.wrap(model, policy=policy)
-    with pytest.raises((ScaleLeakError, DtypeMismatchError)) as error:
+    return model
+
+
+def test_weight_computed_by_a_plain_function_crosses_the_border_as_any_attribute_does() -> None:
+    compare(lambda model: (model(batch()).square().mean().backward(), grads(model))[1], "16-mixed", secretly_doubled)
+
+
+def test_weight_computed_by_a_plain_function_is_refused_under_module_casting() -> None:
+    model = secretly_doubled()
+    wrapprec.wrap(model, policy="16-module")
+    with pytest.raises(DtypeMismatchError) as error:
         model(batch()).square().mean().backward()
     text = str(error.value)
-    assert "Expected" in text and "Received: " in text and "Remedy: " in text
-    assert "parameter 'secret'" in text if policy == "16-mixed" else "(model)" in text
+    assert "Expected" in text and "Received: " in text and "Remedy: " in text and "(model)" in text
     assert all(p.grad is None for p in model.parameters())
 
 
