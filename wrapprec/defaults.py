@@ -91,7 +91,7 @@ def notes(module: nn.Module, precision: Precision, backend: Backend, device: tor
     if not dtypes.is_low(precision.compute_dtype):
         return ()
     kernel = _missing_kernel(module, precision, backend, device)
-    unfit = None if kernel is None else f"{kernel}: drop the rule, or expect an error"
+    unfit = None if kernel is None else f"{kernel}: drop the rule if it fails"
     return tuple(note for note in (scatter_note(module), unfit) if note)
 
 
