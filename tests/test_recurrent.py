@@ -1,4 +1,4 @@
-"""Recurrent networks give float32's results and gradients: packed or padded, in chunks, and where torch has no kernel."""
+"""Recurrent networks give float32's results and gradients: packed, in chunks, and where torch has no kernel."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_state_is_carried_over_chunks_with_and_without_a_cut(policy: str, kind: 
                 total = total + loss
         if not cut:
             total.backward()
-        return [*seen, x.grad, *(t.grad for t in given), *slopes(net)]  # type: ignore[list-item]
+        return [*seen, x.grad, *(t.grad for t in given), *slopes(net)]
 
     compare(NETS[kind], run, policy)
 
@@ -171,7 +171,7 @@ def test_cells_in_a_hand_written_loop_are_true(policy: str, kind: str) -> None:
         x = torch.randn(5, 3, 6, requires_grad=True)
         out = model(x)
         weigh([out]).backward()
-        return [out.detach(), x.grad, *slopes(model)]  # type: ignore[list-item]
+        return [out.detach(), x.grad, *slopes(model)]
 
     compare(lambda: Cells(kind), run, policy)
 

@@ -74,6 +74,8 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
     """
     if mask.dtype is not torch.float32 or mask.requires_grad or dtype not in LOW:
         return mask
+    if mask.is_nested or mask.layout is not torch.strided:
+        return mask
     lowest = torch.finfo(dtype).min
     filled = (mask <= min(lowest, -least)) & (mask > -torch.inf)
     return torch.where(filled, lowest / 2, mask)

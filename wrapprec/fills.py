@@ -58,13 +58,13 @@ def _findings(kind: Any) -> Iterator[Finding]:
     forward = getattr(kind, "forward", None)
     if not callable(forward):
         return
-    for tree in _reached(kind, forward, set(), _DEPTH):
-        yield from _numbers(tree)
+    for tree, names in _reached(kind, forward, set(), _DEPTH):
+        yield from _numbers(tree, names)
         yield from _foreign_limits(tree)
 
 
-def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[ast.AST]:
-    """The syntax trees of a function, and of what it calls: methods of the class, functions of the same package."""
+def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[tuple[ast.AST, dict[str, Any]]]:
+    """The syntax trees and globals of a function, and of what it calls: methods of the class, functions by name."""
     function = inspect.unwrap(function)
     if not isinstance(function, FunctionType) or function in seen:
         return
@@ -78,7 +78,7 @@ def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[a
     if not isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return
     body = ast.Module(body=tree.body, type_ignores=[])
-    yield body
+    yield body, function.__globals__
     if depth == 0:
         return
     for call in ast.walk(body):
@@ -91,13 +91,15 @@ def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[a
             yield from _reached(kind, inspect.getattr_static(kind, called.attr, None), seen, depth - 1)
 
 
-def _numbers(tree: ast.AST) -> Iterator[Finding]:
-    """Literals, and limits of the wide dtypes."""
+def _numbers(tree: ast.AST, names: dict[str, Any]) -> Iterator[Finding]:
+    """Literals, constants of the file, and limits of the wide dtypes."""
     harmless = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in _HARMLESS}
     for node in ast.walk(tree):
         value = None
         if isinstance(node, ast.Constant) and isinstance(node.value, float):
             value = node.value
+        elif isinstance(node, ast.Name) and isinstance(names.get(node.id), float):
+            value = abs(names[node.id])
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             # Whole numbers are indices and sizes, unless they are negative.
             value = _whole(node.operand)

@@ -186,7 +186,8 @@ class Forward(StandIn):
         crosses = region is not around
         casts = None
         if region is not None and region.casts and (crosses or (region.by_module and self.module._parameters)):
-            casts = Casts(region.cast_given if around is None else region.cast_inputs, args, kwargs)
+            given = around is None and not scope.recomputes
+            casts = Casts(region.cast_given if given else region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
         if not crosses:
             out = self._call(args, kwargs)
