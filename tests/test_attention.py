@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:Support for mismatched"),
+    # Dynamo makes an instance of a Function to trace its context.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 POLICIES = ["bf16-mixed", "16-mixed", "bf16-module", "16-module"]
@@ -175,7 +177,7 @@ def test_numbers_that_a_mask_may_hold_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("policy", MODULE)
-def test_only_fills_of_what_the_loop_gives_are_kept_finite_not_data(policy: str) -> None:
+def test_only_fills_are_kept_finite_in_a_cast_not_data(policy: str) -> None:
     model = nn.Sequential(nn.Identity())
     wrapprec.wrap(model, policy=policy)
     out = model(torch.tensor([LOWEST, -torch.inf, torch.inf, 7e4, -7e4, 3.0]))
@@ -183,6 +185,34 @@ def test_only_fills_of_what_the_loop_gives_are_kept_finite_not_data(policy: str)
     low = torch.bfloat16 if policy.startswith("bf") else torch.float16
     want = torch.tensor([-torch.inf, torch.inf, 7e4, -7e4, 3.0]).to(low).float()
     assert torch.equal(out[1:], want), "an overflow of data must be seen"
+
+
+@each_policy
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mask_that_passes_through_other_modules_stays_finite_compiled_or_not(policy: str, compiled: bool) -> None:
+    mask = filled(CAUSAL, LOWEST)
+    mask[0] = LOWEST
+
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            # Its literal makes this module's own code float32 under float16.
+            self.least = torch.tensor(0.0)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            x = self.first(x) + self.least.masked_fill(x[0, 0, 0] > 1e9, -1e9)
+            return self.attention(x, x, x, attn_mask=mask + 0.0)[0]
+
+    torch.manual_seed(0)
+    model = Passes()
+    plain = copy.deepcopy(model)
+    wrapprec.wrap(model, policy=policy)
+    run: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    torch.manual_seed(1)
+    want = train(plain, lambda model, x: model(x, mask))
+    torch.manual_seed(1)
+    assert_close(train(run, lambda model, x: model(x, mask)), want, policy)
 
 
 # Transformers
@@ -273,7 +303,7 @@ def test_encoder_keeps_its_fast_path_in_eval(policy: str, kind: str, norm_first:
         "inference": torch.inference_mode,
         "frozen": handle.frozen,
     }
-    with torch.no_grad(), modes[how]():
+    with torch.no_grad(), modes.get(how, torch.no_grad)():
         got = mine(x, **ENCODER_MASKS[kind])
     assert fast.layers == 4
     # With padding, nested tensors leave exact zeros, before the last norm, where nothing was.

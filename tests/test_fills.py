@@ -124,7 +124,6 @@ def default_argument(self: Any, x: Tensor, far: float = 1e9) -> Tensor:
         sizes,
         tiny,
         default_argument,
-        global_number,
     ],
     ids=lambda value: value.__name__,
 )

@@ -12,7 +12,7 @@ from wrapprec.dtypes import LOW, MIXABLE
 from wrapprec.reach import mend, opaque_in, tensors_in
 from wrapprec.tree import map_tensors
 
-__all__ = ["cast_given", "cast_tree", "map_tensors", "mend", "narrow", "opaque_in", "tensors_in"]
+__all__ = ["cast_tree", "lower", "map_tensors", "mend", "narrow", "opaque_in", "tensors_in"]
 
 
 _FILL = 1e9
@@ -81,8 +81,8 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
     return torch.where(filled, lowest / 2, mask)
 
 
-def cast_given(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a tensor that the user gives to a model: one that requires no gradient may be a mask, see `narrow`.
+def lower(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an input of a module: one that requires no gradient may be a mask, see `narrow`.
 
     Args:
         tensor: floating, of any shape.
@@ -90,5 +90,8 @@ def cast_given(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         The tensor in that dtype.
+
+    >>> lower(torch.tensor([-1e9, -1e6, -torch.inf]), torch.float16)
+    tensor([-32752.,    -inf,    -inf], dtype=torch.float16)
     """
     return narrow(tensor, dtype, _FILL).to(dtype)

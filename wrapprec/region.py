@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from wrapprec import traced
-from wrapprec.cast import cast_given, cast_tree
+from wrapprec.cast import cast_tree, lower
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import cache_is_sound, thread
@@ -72,11 +72,7 @@ class Region:
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
         """Cast what comes in: to the compute dtype, or up to float32."""
-        return cast_tree(tree, self.low or torch.float32, on_cast)
-
-    def cast_given(self, tree: Any, on_cast: Any = None) -> Any:
-        """The same for what the loop gives to the model."""
-        return cast_tree(tree, self.low or torch.float32, on_cast, cast_given)
+        return cast_tree(tree, self.low or torch.float32, on_cast, lower)
 
     def give_back(self, out: Any, around: Region) -> Any:
         """Cast what goes out into the region `around`."""
@@ -186,8 +182,7 @@ class Forward(StandIn):
         crosses = region is not around
         casts = None
         if region is not None and region.casts and (crosses or (region.by_module and self.module._parameters)):
-            given = around is None and not scope.recomputes
-            casts = Casts(region.cast_given if given else region.cast_inputs, args, kwargs)
+            casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
         if not crosses:
             out = self._call(args, kwargs)

@@ -166,8 +166,7 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
     region = forward.region if forward.region is not None else around
     crosses = region is not around
     if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
-        cast = region.cast_given if around is None else region.cast_inputs
-        args, kwargs = cast((args, kwargs))
+        args, kwargs = region.cast_inputs((args, kwargs))
     if not crosses:
         return _run(forward, args, kwargs)
     scope.region = region
