@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from wrapprec.dtypes import LOW, MIXABLE
 from wrapprec.reach import mend, opaque_in, tensors_in
@@ -77,8 +78,9 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
     if mask.is_nested or mask.layout is not torch.strided:
         return mask
     lowest = torch.finfo(dtype).min
-    filled = (mask <= min(lowest, -least)) & (mask > -torch.inf)
-    return torch.where(filled, lowest / 2, mask)
+    lowest = torch.finfo(dtype).min
+    # Three kernels without a scalar operand, which each would have to be cast.
+    return torch.where(mask.isneginf(), mask, functional.threshold(mask, min(lowest, -least), lowest / 2))
 
 
 def lower(tensor: Tensor, dtype: torch.dtype) -> Tensor:
