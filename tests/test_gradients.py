@@ -575,9 +575,6 @@ def test_weights_adapted_outside_by_functional_call_are_true(policy: str, scale:
 
 @each_config
 def test_recurrent_models_are_true(policy: str, scale: Any) -> None:
-    if policy == "16-mixed":
-        pytest.skip("torch's own LSTM fails under float16 autocast on CPUs")
-
     def run(model: nn.Module) -> Gradients:
         x = torch.randn(2, 3, 8, requires_grad=True)
         out, (h, c) = model(x)

@@ -52,7 +52,8 @@ class Diagnosis:
             self._note(f"an input of module {label} holds inf or nan")
         self._depth += 1
         try:
-            out = forward.original(*args, **kwargs)
+            run = forward.runner
+            out = forward.original(*args, **kwargs) if run is None else run(forward, args, kwargs)
         finally:
             self._depth -= 1
         opens = self._depth == 0

@@ -17,6 +17,7 @@ from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
+from wrapprec.native import runner_for
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
@@ -199,6 +200,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         assert isinstance(output, torch.dtype)
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
+    forward.runner = runner_for(forward.module)
     forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.forget_tree()
 

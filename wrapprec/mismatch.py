@@ -19,6 +19,9 @@ _ABOUT_DTYPES = re.compile(
 )
 
 
+_ABOUT_RANGE = re.compile(r"cannot be converted to type .*(Half|BFloat16) without overflow")
+_ABOUT_KERNELS = re.compile(r"could not create a primitive")
+
 _ABOUT_INDICES = re.compile(r"\b(Long|Int|int64|int32)\b|indices", re.IGNORECASE)
 _LOW = re.compile(r"Half|BFloat16|float16", re.IGNORECASE)
 
@@ -35,7 +38,8 @@ def mismatch(forward: Forward, error: Exception) -> DtypeMismatchError | None:
         precision in this model, so that it would have been raised unwrapped too.
     """
     text = str(error)
-    if not forward.shared.mixed or not _ABOUT_DTYPES.search(text):
+    expected = _expected(text)
+    if not forward.shared.mixed or expected is None:
         return None
     if _ABOUT_INDICES.search(text) and not _LOW.search(text):
         return None  # the caller's own slip, precision has no part in it
@@ -50,9 +54,18 @@ def mismatch(forward: Forward, error: Exception) -> DtypeMismatchError | None:
     rule = f'Rule("{forward.name}", "float32")' if forward.name else "Rule(type(model), 'float32') or policy '32-true'"
     return DtypeMismatchError(
         message(
-            "operations on tensors of one dtype inside a wrapped model",
+            expected,
             text.splitlines()[0],
             where=where,
             remedy=f"add rules=[{rule}], or put the operation under `with wrapprec.float32():`",
         )
     )
+
+
+def _expected(text: str) -> str | None:
+    """What torch would have taken, going by its error; None where that is not about dtypes."""
+    if _ABOUT_RANGE.search(text):
+        return "numbers within the range of the dtype that a module computes in"
+    if _ABOUT_KERNELS.search(text):
+        return "a module in a dtype that its kernel computes in on this device"
+    return "operations on tensors of one dtype inside a wrapped model" if _ABOUT_DTYPES.search(text) else None

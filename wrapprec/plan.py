@@ -15,15 +15,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from wrapprec import dtypes
-from wrapprec.allowlist import NORM, is_listed, is_torch_norm, keep_pattern, keeps_float32, scatter_note
+from wrapprec.allowlist import NORM, is_torch_norm, keep_pattern
 from wrapprec.backends.base import Backend
 from wrapprec.backends.select import auto_policy, backend_for, execution_device
+from wrapprec.defaults import Decision, cannot, default, notes
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
 from wrapprec.placement import Activations, Placement, Plan
 from wrapprec.policy import Policy, rule_precision
-from wrapprec.precision import F32, Precision
+from wrapprec.precision import Precision
 from wrapprec.rule import Rule, as_rule
 
 __all__ = ["UNSET", "Placement", "Plan", "resolve"]
@@ -35,8 +36,6 @@ class _Unset(enum.Enum):
 
 UNSET: Final = _Unset.UNSET
 """Stands for a loss scale that was not given, since None means none."""
-
-_ISLAND = Precision(F32, F32, F32)
 
 
 def resolve(
@@ -110,15 +109,6 @@ def _device_of(model: nn.Module) -> torch.device:
     )
 
 
-class _Decision(NamedTuple):
-    """What governs a module: where the rule matched, and what it says."""
-
-    precision: Precision
-    rule: str
-    reason: str
-    is_default: bool = False
-
-
 class _Visit(NamedTuple):
     name: str
     module: nn.Module
@@ -153,7 +143,7 @@ class _Walk:
         self.policy, self.backend, self.device = policy, backend, device
         self.visits = list(_visit(model))
         self.matchers = [_Matcher.of(i, rule, policy) for i, rule in enumerate(policy.rules, 1)]
-        self.base = _Decision(policy.precision, "policy", f"policy {replace(policy, rules=())}")
+        self.base = Decision(policy.precision, "policy", f"policy {replace(policy, rules=())}")
 
     def placements(self) -> Iterator[Placement]:
         decisions = self._decide()
@@ -171,7 +161,6 @@ class _Walk:
                 self._check_shared(first[id(visit.module)], index, decisions)
                 continue
             first[id(visit.module)] = index
-            note = scatter_note(visit.module) if dtypes.is_low(decision.precision.compute_dtype) else None
             yield Placement(
                 name=visit.name,
                 module_type=type(visit.module).__name__,
@@ -181,27 +170,34 @@ class _Walk:
                 is_root=visit.parent < 0 or region != around,
                 activations=activations,
                 params=sum(p.numel() for p in visit.module._parameters.values() if p is not None and not is_lazy(p)),
-                notes=(note,) if note else (),
+                notes=notes(visit.module, decision.precision, self.backend, self.device),
             )
 
-    def _decide(self) -> list[_Decision]:
+    def _decide(self) -> list[Decision]:
         """For every visit, the last rule that matches it, or else what governs its parent."""
         used: set[int] = set()
-        decisions: list[_Decision] = []
+        decisions: list[Decision] = []
+        # What governs the children: as the module itself, unless a default means its own code only.
+        below: list[Decision] = []
         keepers: list[tuple[tuple[str, re.Pattern[str]], ...]] = []
         for visit in self.visits:
-            above = decisions[visit.parent] if visit.parent >= 0 else self.base
+            above = below[visit.parent] if visit.parent >= 0 else self.base
             kept = keepers[visit.parent] if visit.parent >= 0 else ()
             pattern = keep_pattern(visit.module)
             keepers.append((*kept, (visit.name, pattern)) if pattern else kept)
             decision = above
             if dtypes.is_low(above.precision.compute_dtype):
-                decision = _default(visit, keepers[-1]) or above
+                decision = (
+                    default(visit.name, visit.module, keepers[-1])
+                    or cannot(visit.module, above.precision, self.backend, self.device)
+                    or above
+                )
             for index, matcher in enumerate(self.matchers):
                 if matcher.matches(visit.name, visit.module):
                     used.add(index)
-                    decision = _Decision(matcher.precision, matcher.text, f'matched at "{visit.name}"')
+                    decision = Decision(matcher.precision, matcher.text, f'matched at "{visit.name}"')
             decisions.append(decision)
+            below.append(above if decision.own else decision)
         for index in range(len(self.matchers)):
             if index not in used:
                 self._report_unused(index)
@@ -220,8 +216,10 @@ class _Walk:
             raise PolicyError(text)
         warnings.warn(text, WrapprecWarning, stacklevel=2)
 
-    def _treat(self, module: nn.Module, decision: _Decision, around: Precision) -> tuple[Activations, str]:
+    def _treat(self, module: nn.Module, decision: Decision, around: Precision) -> tuple[Activations, str]:
         """What happens to the activations of a module, and the reason to show."""
+        if decision.own and dtypes.is_low(around.compute_dtype):
+            return "restore", decision.reason
         if not (decision.is_default and decision.rule.endswith(NORM)) or not dtypes.is_low(around.compute_dtype):
             return "cast", decision.reason
         # Formats such as fp8 are for linears: between them activations are bfloat16.
@@ -233,7 +231,7 @@ class _Walk:
         why = "its kernel does not take the mix" if own else "not one of torch's own classes"
         return "restore", f"activations go to float32 and back to {dtypes.name(dtype)}: {why}"
 
-    def _check_shared(self, first: int, again: int, decisions: list[_Decision]) -> None:
+    def _check_shared(self, first: int, again: int, decisions: list[Decision]) -> None:
         one, other = decisions[first], decisions[again]
         if one.precision == other.precision:
             return
@@ -262,20 +260,6 @@ def _visit(model: nn.Module) -> Iterator[_Visit]:
         children = [(prefix + key, child, count, path) for key, child in module._modules.items() if child is not None]
         todo.extend(reversed(children))
         count += 1
-
-
-def _default(visit: _Visit, keepers: tuple[tuple[str, re.Pattern[str]], ...]) -> _Decision | None:
-    """What the float32 defaults say of a module itself."""
-    reason = keeps_float32(visit.name, visit.module)
-    if reason is None:
-        for owner, pattern in keepers:
-            relative = visit.name[len(owner) + 1 :] if owner else visit.name
-            if relative and is_listed(relative, visit.module, pattern):
-                reason = "kept by the Hugging Face model"
-                break
-    if reason is None:
-        return None
-    return _Decision(_ISLAND, f"default: {reason}", f"computed in float32: {reason}", is_default=True)
 
 
 def _decide_scale(wanted: LossScaling, placements: tuple[Placement, ...], backend: Backend) -> LossScale | None:

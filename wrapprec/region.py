@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import threading
 import weakref
 from typing import Any
@@ -18,12 +17,11 @@ import torch
 from torch import nn
 
 from wrapprec import traced
-from wrapprec.cast import cast_tree
+from wrapprec.cast import cast_tree, lower
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
-from wrapprec.current import thread
+from wrapprec.current import cache_is_sound, thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
-from wrapprec.lent import rnn_turn
 from wrapprec.mismatch import mismatch
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
@@ -36,19 +34,6 @@ _NOTHING = contextlib.nullcontext()
 
 _changing = threading.RLock()
 """Held while a changed model is taken up, so that two threads do not do it at once."""
-
-
-@functools.lru_cache(maxsize=1)
-def cache_is_sound() -> bool:
-    """Whether autocast's cache keeps casts made under no_grad from those with a graph; not so in torch 2.9.
-
-    A weight that was used under no_grad first, on any thread, would get no gradient.
-    """
-    weight, x = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.no_grad():
-            torch.mm(x, weight)
-        return torch.mm(x, weight).requires_grad
 
 
 class Region:
@@ -87,13 +72,13 @@ class Region:
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
         """Cast what comes in: to the compute dtype, or up to float32."""
-        return cast_tree(tree, self.low or torch.float32, on_cast)
+        return cast_tree(tree, self.low or torch.float32, on_cast, lower)
 
-    def give_back(self, out: Any, around: Region | None) -> Any:
+    def give_back(self, out: Any, around: Region) -> Any:
         """Cast what goes out into the region `around`."""
         if self.low is not None:
             return cast_tree(out, self.output_dtype)
-        if self.restores and around is not None and around.by_module and around.low is not None:
+        if self.restores and around.by_module and around.low is not None:
             return cast_tree(out, around.low)
         return out
 
@@ -116,6 +101,7 @@ class Forward(StandIn):
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
         buckets: which bucket each of its parameters is lent in.
         computed: which of its parameters hooks compute which weights from.
+        runner: how its original forward is run; None for a plain call.
     """
 
     region: Region | None
@@ -124,6 +110,7 @@ class Forward(StandIn):
     output_dtype: torch.dtype | None
     multi_tensor: bool
     sparse: bool
+    runner: Any
 
     def __init__(self, module: nn.Module, shared: Shared, name: str, replaced: Any) -> None:
         self.module = module
@@ -216,9 +203,8 @@ class Forward(StandIn):
         try:
             if self.shared.diagnosis is not None:
                 return self.shared.diagnosis.call(self, args, kwargs)
-            if isinstance(self.module, nn.RNNBase):
-                with rnn_turn:
-                    return self.original(*args, **kwargs)
+            if self.runner is not None:
+                return self.runner(self, args, kwargs)
             if self.replaced is None:
                 return type(self.module).forward(self.module, *args, **kwargs)
             return self.replaced(*args, **kwargs)

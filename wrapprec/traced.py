@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from wrapprec.cast import cast_tree, map_tensors
 from wrapprec.computed import computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
+from wrapprec.native import narrow_masks
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -178,6 +179,8 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _run(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(forward.module, nn.MultiheadAttention) and forward.runner is not None:
+        args = narrow_masks(forward, args, kwargs)
     # Spelled out: dynamo of torch 2.9 does not follow a bound method made by hand.
     if forward.replaced is None:
         return type(forward.module).forward(forward.module, *args, **kwargs)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wrapprec.backends.recurrent import probe_rnn, rnn_kind
 from wrapprec.precision import Precision
 
 
@@ -151,6 +152,26 @@ class Backend(ABC):
         key = (kind, dtype, device.type)
         if key not in self._probed:
             self._probed[key] = _probe(kind, dtype, device)
+        return self._probed[key]
+
+    def runs_rnn(self, module: nn.Module, dtype: torch.dtype, autocasts: bool, device: torch.device) -> bool:
+        """Say whether torch's kernel for a recurrent network runs in `dtype`, by trying a tiny one once.
+
+        Args:
+            module: any module.
+            dtype: float16 or bfloat16.
+            autocasts: whether it would run under autocast, or with weights and inputs cast to `dtype`.
+            device: where.
+
+        Returns:
+            False for an RNN, GRU or LSTM that fails there or computes something else; True for every other module.
+        """
+        kind = rnn_kind(module)
+        if kind is None:
+            return True
+        key = (f"{kind} autocast" if autocasts else kind, dtype, device.type)
+        if key not in self._probed:
+            self._probed[key] = probe_rnn(kind, dtype, autocasts, device)
         return self._probed[key]
 
     def mixed_norms(self, device: torch.device) -> frozenset[tuple[str, str]]:

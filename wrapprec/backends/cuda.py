@@ -62,3 +62,7 @@ class CudaBackend(Backend):
     def accepts_mixed_norm(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
         """See `Backend.accepts_mixed_norm`."""
         return torch.cuda.is_available() and super().accepts_mixed_norm(module, dtype, device)
+
+    def runs_rnn(self, module: nn.Module, dtype: torch.dtype, autocasts: bool, device: torch.device) -> bool:
+        """See `Backend.runs_rnn`."""
+        return not torch.cuda.is_available() or super().runs_rnn(module, dtype, autocasts, device)

@@ -1,0 +1,104 @@
+"""What the defaults say of a module: what stays in float32, and what its device or its own code could not do lower."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from wrapprec import dtypes
+from wrapprec.allowlist import is_listed, keeps_float32, scatter_note
+from wrapprec.backends.base import Backend
+from wrapprec.fills import overfill
+from wrapprec.precision import F32, Precision
+
+_ISLAND = Precision(F32, F32, F32)
+
+
+class Decision(NamedTuple):
+    """What governs a module: where the rule matched, and what it says; `own`: of this module's own code only."""
+
+    precision: Precision
+    rule: str
+    reason: str
+    is_default: bool = False
+    own: bool = False
+
+
+def default(fqn: str, module: nn.Module, keepers: tuple[tuple[str, re.Pattern[str]], ...]) -> Decision | None:
+    """Say whether a module stays in float32 for what it is.
+
+    Args:
+        fqn: its qualified name.
+        module: the module.
+        keepers: the modules above it that list what they want in float32, by name, and their keep patterns.
+
+    Returns:
+        The decision, or None.
+    """
+    reason = keeps_float32(fqn, module)
+    if reason is None:
+        for owner, pattern in keepers:
+            relative = fqn[len(owner) + 1 :] if owner else fqn
+            if relative and is_listed(relative, module, pattern):
+                reason = "kept by the Hugging Face model"
+                break
+    if reason is None:
+        return None
+    return Decision(_ISLAND, f"default: {reason}", f"computed in float32: {reason}", is_default=True)
+
+
+def cannot(module: nn.Module, around: Precision, backend: Backend, device: torch.device) -> Decision | None:
+    """Say whether a module would break in the precision around it.
+
+    Args:
+        module: the module.
+        around: the precision.
+        backend: of the device.
+        device: where it computes.
+
+    Returns:
+        Float32, for the whole module where its kernel fails, and for its own code alone where that uses a number
+        past the range of the dtype; None where it would not break.
+    """
+    if not isinstance(around.compute_dtype, torch.dtype):
+        return None
+    kernel = _missing_kernel(module, around, backend, device)
+    if kernel is not None:
+        return Decision(_ISLAND, f"default: {kernel}", f"computed in float32: {kernel}, probed", is_default=True)
+    number = overfill(module, around.compute_dtype)
+    if number is None:
+        return None
+    past = f"{number} is past {dtypes.name(around.compute_dtype)}'s range"
+    reason = f"its own code is computed in float32, what is below it as around it: {past}"
+    return Decision(_ISLAND, f"default: {past}", reason, is_default=True, own=True)
+
+
+def notes(module: nn.Module, precision: Precision, backend: Backend, device: torch.device) -> tuple[str, ...]:
+    """Say what else to know of a module in its precision, one that the user's rules gave it included.
+
+    Args:
+        module: the module.
+        precision: what it got.
+        backend: of the device.
+        device: where it computes.
+
+    Returns:
+        Notes for the plan.
+    """
+    if not dtypes.is_low(precision.compute_dtype):
+        return ()
+    kernel = _missing_kernel(module, precision, backend, device)
+    unfit = None if kernel is None else f"{kernel}: drop the rule if it fails"
+    return tuple(note for note in (scatter_note(module), unfit) if note)
+
+
+def _missing_kernel(module: nn.Module, precision: Precision, backend: Backend, device: torch.device) -> str | None:
+    """What recurrent network the device does not compute in this precision, if it is one."""
+    dtype, autocasts = precision.compute_dtype, precision.casting == "op"
+    if not isinstance(dtype, torch.dtype) or backend.runs_rnn(module, dtype, autocasts, device):
+        return None
+    how = " under autocast" if autocasts else ""
+    return f"no {dtypes.name(dtype)} {type(module).__name__} on this {device.type}{how}"
