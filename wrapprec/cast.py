@@ -15,7 +15,6 @@ from wrapprec.tree import map_tensors
 
 __all__ = ["cast_tree", "lower", "map_tensors", "mend", "narrow", "opaque_in", "tensors_in"]
 
-
 _FILL = 1e9
 """A finite number as far below zero as this is no data but stands for minus infinity, in a mask."""
 
@@ -77,7 +76,6 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
         return mask
     if mask.is_nested or mask.layout is not torch.strided:
         return mask
-    lowest = torch.finfo(dtype).min
     lowest = torch.finfo(dtype).min
     # Three kernels without a scalar operand, which each would have to be cast.
     return torch.where(mask.isneginf(), mask, functional.threshold(mask, min(lowest, -least), lowest / 2))
