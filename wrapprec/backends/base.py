@@ -118,6 +118,17 @@ class Backend(ABC):
             The spelling of a preset, and the reason in a few words.
         """
 
+    def native(self, precision: Precision) -> Precision:
+        """Say in which precision a device computes what a policy asks for.
+
+        Args:
+            precision: the policy's or a rule's.
+
+        Returns:
+            The same, with the dtypes that the device does not have replaced by those it has instead.
+        """
+        return precision
+
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """Say whether another precision would serve better on a device.
 

@@ -10,10 +10,11 @@ import torch
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
+from wrapprec.backends.xla import XlaBackend
 from wrapprec.errors import PolicyError, message
 from wrapprec.policy import Policy
 
-_BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
+_BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "xla": XlaBackend}
 _LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 _LAUNCHED = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp8": "fp8-mixed"}
 
