@@ -20,7 +20,8 @@ LAYERS: dict[str, str] = {
     "leaves": "errors undo",
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist",
-    "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
+    "choice": "backends backends.fast backends.base backends.cpu backends.cuda backends.xla backends.generic "
+    "backends.select placement plan",
     "state": "current lent bucket scale border boundary audit diagnose state",
     "effects": "copies writes escape checks recompute scope island traced mismatch region",
     "step": "patch closure fused hold resume verdict step",

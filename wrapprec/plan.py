@@ -85,7 +85,9 @@ def resolve(
     scale = _decide_scale(chosen.loss_scale, placements, backend)
     asked = {chosen.precision, *(rule_precision(chosen, rule) for rule in chosen.rules)}
     advice = {backend.advise(precision, where) for precision in asked}
-    return Plan(chosen, str(where), placements, scale, why, tuple(sorted(text for text in advice if text)))
+    facts = {backend.facts(precision, where) for precision in asked}
+    said = (tuple(sorted(text for text in texts if text)) for texts in (advice, facts))
+    return Plan(chosen, str(where), placements, scale, why, *said)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -59,6 +59,8 @@ class Shared:
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
         self.frozen: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
         self.warned: set[str] = set()
+        # The types of device whose switches for fast float32 products this model has turned on.
+        self.hastened: set[str] = set()
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.

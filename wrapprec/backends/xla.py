@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from wrapprec.backends.base import Backend, Capability, Lending
+from wrapprec.dtypes import Dtype
 from wrapprec.precision import Precision
 
 _HALF_AS = torch.bfloat16
@@ -37,9 +38,16 @@ class XlaBackend(Backend):
 
     def native(self, precision: Precision) -> Precision:
         """See `Backend.native`."""
-        names = ("param_dtype", "compute_dtype", "output_dtype")
-        halves = {name: _HALF_AS for name in names if getattr(precision, name) == torch.float16}
-        return replace(precision, **halves)
+
+        def has(dtype: Dtype) -> Dtype:
+            return _HALF_AS if dtype == torch.float16 else dtype
+
+        return replace(
+            precision,
+            param_dtype=has(precision.param_dtype),
+            compute_dtype=has(precision.compute_dtype),
+            output_dtype=has(precision.output_dtype),
+        )
 
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """See `Backend.advise`."""
