@@ -32,6 +32,24 @@ settings.load_profile("ci")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        help="make tensors there unless a test says where; -m any_device picks the tests that are written for that",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compute on the device that the command line names."""
+    device = config.getoption("--device")
+    if device == "xla":
+        import torch_xla
+
+        torch.set_default_device(torch_xla.device())
+    elif device:
+        torch.set_default_device(device)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a device that is not there."""
     if torch.cuda.is_available():

@@ -13,8 +13,10 @@ from wrapprec.backends import base, cpu
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
+from wrapprec.backends.generic import GenericBackend
 from wrapprec.backends.select import auto_policy, backend_for
 from wrapprec.errors import PolicyError
+from wrapprec.plan import resolve
 from wrapprec.policy import Policy
 
 CPU = torch.device("cpu")
@@ -40,12 +42,43 @@ def test_backend_is_one_instance_a_device_type() -> None:
 
 def test_unsupported_device_is_refused_by_name() -> None:
     with pytest.raises(PolicyError) as caught:
-        backend_for("mps")
+        backend_for("meta")
     assert str(caught.value) == (
-        "Expected a device of a supported type (cpu, cuda).\n"
-        "Received: mps\n"
+        "Expected a device of a supported type (cpu, cuda, xla, or another that torch.autocast knows).\n"
+        "Received: meta\n"
         "Remedy: move the model to one of these before wrapping it"
     )
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu", "hpu", "privateuseone"])
+def test_other_accelerators_of_autocast_share_a_generic_backend(kind: str) -> None:
+    backend = backend_for(kind)
+    assert isinstance(backend, GenericBackend) and backend.name == kind and backend is backend_for(f"{kind}:0")
+    assert backend.scaling
+    assert "has not been tried" in " ".join(backend.capability(torch.device(kind)).notes)
+
+
+def test_auto_on_an_accelerator_that_is_not_there_is_refused() -> None:
+    with pytest.raises(PolicyError, match="name the policy"):
+        resolve(nn.Linear(2, 2), "auto", device="mps")
+
+
+def test_plan_can_be_made_for_an_accelerator_that_is_not_there() -> None:
+    plan = resolve(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "16-mixed", device="mps")
+    assert plan.device == "mps" and plan.loss_scale is not None
+    assert plan.placement("1").activations == "restore"  # nothing could be probed
+
+
+@pytest.mark.parametrize(("works", "policy"), [((BF16, torch.float16), "bf16-mixed"), ((torch.float16,), "16-mixed")])
+def test_generic_auto_takes_what_it_could_multiply_in(works: tuple[torch.dtype, ...], policy: str) -> None:
+    class Some(GenericBackend):
+        def _multiplies(self, dtype: torch.dtype) -> bool:
+            # The real probe, on a device that is there, for those that are said to work.
+            return dtype in works and super()._multiplies(dtype)
+
+    backend = Some("cpu")
+    assert backend.auto(CPU)[0] == policy
+    assert backend.capability(CPU).autocast_dtypes == frozenset(works)
 
 
 @pytest.mark.parametrize(

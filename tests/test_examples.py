@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import signal
@@ -31,7 +32,7 @@ def _run(folder: Path, name: str, *arguments: str) -> str:
 
 def test_every_example_is_run_here() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart.py", "per_module_policy.py", "gan.py", "gpt.py", "benchmark.py"}
+    assert names == {"quickstart.py", "per_module_policy.py", "gan.py", "gpt.py", "benchmark.py", "tpu.py"}
 
 
 def test_quickstart_prints_plan_table_and_the_one_line_diff(tmp_path: Path) -> None:
@@ -92,3 +93,14 @@ def test_benchmark_writes_ratios_with_intervals_and_the_machine(tmp_path: Path) 
         assert low <= row["ratio"] <= high
     assert report["gpt"]["time"]["autocast"]["ratio"] == 1.0
     assert report["gpt"]["memory"]["float32"]["megabytes"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed: tox -e xla")
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-module"])
+def test_tpu_example_compiles_few_programs_and_reads_only_what_it_prints(tmp_path: Path, policy: str) -> None:
+    out = _run(tmp_path, "tpu.py", "--policy", policy)
+    losses = [float(value) for value in re.findall(r"loss (\d\S+)", out)]
+    assert losses[-1] < losses[0]
+    compiled, reads = re.search(r"(\d+) programs compiled, (\d+) host reads", out).groups()
+    # The first step (zero_grad has nothing to do yet), the others, the sum of losses and the evaluation.
+    assert int(compiled) <= 5 and int(reads) == len(losses) + 1

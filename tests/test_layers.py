@@ -20,10 +20,11 @@ LAYERS: dict[str, str] = {
     "leaves": "errors undo",
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist fills",
-    "choice": "backends backends.recurrent backends.base backends.cpu backends.cuda backends.select"
-    " defaults placement plan",
+    "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
+    " backends.generic backends.select defaults placement plan",
     "state": "current standin lent bucket scale border boundary audit diagnose state",
-    "effects": "copies writes escape checks carried recompute computed outward scope island native traced mismatch region",
+    "effects": "copies writes escape checks carried recompute computed outward scope island native traced mismatch"
+    " region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",
     "package": "__init__",

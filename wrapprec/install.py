@@ -75,6 +75,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
             if problem is not None and shared.mixed:
                 raise PolicyError(problem)
     shared.partition(forward_of(model).tree())
+    _hasten(shared, undo)
     for note in plan.notes:
         if note not in _said:
             _said.add(note)
@@ -105,7 +106,16 @@ def refresh(forward: Forward) -> None:
     _place(model, shared, shared.undo, plan)
     shared.start_scaling()
     shared.partition(forward_of(model).tree())
+    _hasten(shared, shared.undo)
     shared.schedule.restart()
+
+
+def _hasten(shared: Shared, undo: UndoStack) -> None:
+    """Turn the device's switches for fast float32 products on, once for each type of device the model has been on."""
+    fast = any(placement.precision.compute_dtype == "tf32" for placement in shared.plan.placements)
+    if fast and shared.backend.switches is not None and shared.backend.name not in shared.hastened:
+        undo.push(shared.backend.switches.turn_on())
+        shared.hastened.add(shared.backend.name)
 
 
 def _resolve(model: nn.Module, request: Request) -> Plan:
@@ -115,7 +125,7 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
         precision = placement.precision
         if (
             precision.param_dtype is not torch.float32
-            or is_format(precision.compute_dtype)
+            or (is_format(precision.compute_dtype) and precision.compute_dtype != "tf32")
             or (precision.compute_dtype is torch.float64)
         ):
             raise PolicyError(
@@ -124,8 +134,8 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
                     f"{plan.policy}, which has {name(precision.param_dtype)} parameters and computes in"
                     f" {name(precision.compute_dtype)}",
                     where=f"{placement.name!r} ({placement.module_type})",
-                    remedy="wrap applies the policies 32-true, 16-mixed, bf16-mixed, 16-module and bf16-module so far;"
-                    " the others can be planned with resolve",
+                    remedy="wrap applies the policies 32-true, 32-fast, 16-mixed, bf16-mixed, 16-module and bf16-module"
+                    " so far; the others can be planned with resolve",
                 )
             )
     return plan
@@ -196,7 +206,8 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
     forward.output_dtype = None
     if shared.mixed:
-        output = shared.plan.policy.output_dtype if keeps else precision.output_dtype
+        asked = shared.backend.native(shared.plan.policy.precision)
+        output = asked.output_dtype if keeps else precision.output_dtype
         assert isinstance(output, torch.dtype)
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor

@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from wrapprec.cast import cast_tree, tensors_in
+from wrapprec.current import thread
 from wrapprec.dtypes import LOW
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +58,17 @@ def _fill(out: Any, result: Any) -> Any:
     return out
 
 
+def _device_types() -> set[str]:
+    """The device types for which autocast may be on: torch's own, and those of the models that are being called."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    scope = thread.scope
+    while scope is not None:
+        kinds.add(scope.shared.device.type)
+        scope = scope.outer
+    return kinds
+
+
 def _up(tree: Any) -> Any:
     return cast_tree(tree, torch.float32)
 
@@ -81,8 +93,7 @@ class float32(contextlib.AbstractContextManager["float32"]):
 
     def __enter__(self) -> float32:
         stack = contextlib.ExitStack()
-        accelerator = torch.accelerator.current_accelerator()
-        for kind in ("cpu", *([] if accelerator is None else [accelerator.type])):
+        for kind in _device_types():
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_Upcast())

@@ -59,7 +59,8 @@ class Plan:
         placements: one a module, in the order of `named_modules`.
         loss_scale: decided: None is no scaling.
         reason: why `auto` chose this policy; empty where the user named one.
-        notes: what concerns the whole model.
+        notes: advice that concerns the whole model; `wrap` warns of each once.
+        facts: what else was measured on the device.
 
     >>> print(Plan(Policy.parse(32), "cpu", ()))
     policy      32-true
@@ -73,6 +74,7 @@ class Plan:
     loss_scale: LossScale | None = None
     reason: str = ""
     notes: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Placement]:
@@ -119,6 +121,7 @@ class Plan:
             f"device      {self.device}",
             f"loss scale  {kind}" + (f" ({settings})" if settings else ""),
             *(f"note        {note}" for note in self.notes),
+            *(f"measured    {fact}" for fact in self.facts),
         ]
         return "\n".join([*lines, "", *_table(self.placements)] if self.placements else lines)
 
@@ -142,6 +145,7 @@ class Plan:
             "loss_scale": write_scale(self.loss_scale),
             "reason": self.reason,
             "notes": list(self.notes),
+            "facts": list(self.facts),
         }
 
     @classmethod
@@ -173,6 +177,7 @@ class Plan:
             loss_scale=scale if isinstance(scale, LossScale) else None,
             reason=data["reason"],
             notes=tuple(data["notes"]),
+            facts=tuple(data.get("facts", ())),
         )
 
 

@@ -82,8 +82,11 @@ def resolve(
         chosen = replace(chosen, loss_scale=parse_loss_scale(loss_scale))
     placements = tuple(_Walk(model, chosen, backend, where).placements())
     scale = _decide_scale(chosen.loss_scale, placements, backend)
-    advice = {backend.advise(precision, where) for precision in {p.precision for p in placements}}
-    return Plan(chosen, str(where), placements, scale, why, tuple(sorted(text for text in advice if text)))
+    asked = {chosen.precision, *(rule_precision(chosen, rule) for rule in chosen.rules)}
+    advice = {backend.advise(precision, where) for precision in asked}
+    facts = {backend.facts(precision, where) for precision in asked}
+    said = (tuple(sorted(text for text in texts if text)) for texts in (advice, facts))
+    return Plan(chosen, str(where), placements, scale, why, *said)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -124,16 +127,16 @@ class _Matcher:
     matches: Callable[[str, nn.Module], object]
 
     @classmethod
-    def of(cls, number: int, rule: Rule, policy: Policy) -> _Matcher:
-        select = rule.select
+    def of(cls, number: int, rule: Rule, policy: Policy, backend: Backend) -> _Matcher:
+        select, precision = rule.select, backend.native(rule_precision(policy, rule))
         if isinstance(select, str):
             found = re.compile(fnmatch.translate(select)).match
-            return cls(f'rule {number}: "{select}"', rule_precision(policy, rule), lambda name, module: found(name))
+            return cls(f'rule {number}: "{select}"', precision, lambda name, module: found(name))
         text = f"rule {number}: {print_select(select)}"
         if isinstance(select, type):
             kind = select
-            return cls(text, rule_precision(policy, rule), lambda name, module: isinstance(module, kind))
-        return cls(text, rule_precision(policy, rule), select)
+            return cls(text, precision, lambda name, module: isinstance(module, kind))
+        return cls(text, precision, select)
 
 
 class _Walk:
@@ -142,15 +145,15 @@ class _Walk:
     def __init__(self, model: nn.Module, policy: Policy, backend: Backend, device: torch.device) -> None:
         self.policy, self.backend, self.device = policy, backend, device
         self.visits = list(_visit(model))
-        self.matchers = [_Matcher.of(i, rule, policy) for i, rule in enumerate(policy.rules, 1)]
-        self.base = Decision(policy.precision, "policy", f"policy {replace(policy, rules=())}")
+        self.matchers = [_Matcher.of(i, rule, policy, backend) for i, rule in enumerate(policy.rules, 1)]
+        self.base = Decision(backend.native(policy.precision), "policy", f"policy {replace(policy, rules=())}")
 
     def placements(self) -> Iterator[Placement]:
         decisions = self._decide()
         regions: list[Precision] = []
         first: dict[int, int] = {}
         for index, (visit, decision) in enumerate(zip(self.visits, decisions, strict=True)):
-            around = regions[visit.parent] if visit.parent >= 0 else self.policy.precision
+            around = regions[visit.parent] if visit.parent >= 0 else self.base.precision
             activations: Activations = "cast"
             reason = decision.reason
             if visit.parent < 0 or decision is not decisions[visit.parent]:
@@ -265,8 +268,8 @@ def _visit(model: nn.Module) -> Iterator[_Visit]:
 def _decide_scale(wanted: LossScaling, placements: tuple[Placement, ...], backend: Backend) -> LossScale | None:
     """Scale where asked to, or by itself where something computes in float16; refuse float16 outputs then."""
     half = any(p.precision.compute_dtype == torch.float16 for p in placements)
-    scale = wanted if isinstance(wanted, LossScale) else LossScale() if wanted and half and backend.scaling else None
-    if scale is None:
+    scale = wanted if isinstance(wanted, LossScale) else LossScale() if wanted and half else None
+    if scale is None or not backend.scaling:
         return None
     for p in placements:
         if p.precision.casting is not None and p.precision.output_dtype == torch.float16:

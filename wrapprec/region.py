@@ -53,8 +53,9 @@ class Region:
         self.autocasts = precision.casting == "op"
         self.caches = cache_is_sound()
         compute, output = precision.compute_dtype, precision.output_dtype
-        assert isinstance(compute, torch.dtype) and isinstance(output, torch.dtype)
-        self.low = compute if precision.casting is not None else None
+        # Without a casting, `compute` may be tf32: float32 by another road.
+        self.low = compute if precision.casting is not None and isinstance(compute, torch.dtype) else None
+        assert isinstance(output, torch.dtype)
         self.output_dtype = output
         self.casts = precision.casts_inputs if self.low is not None else upcasts
         self.by_module = precision.casting == "module" and self.casts

@@ -67,6 +67,8 @@ class Shared:
         self.warned: set[str] = set()
         # What `parametrize.cached()` keeps inside: its cache outside, the scale, and the cache.
         self.cache: Any = None
+        # The types of device whose switches for fast float32 products this model has turned on.
+        self.hastened: set[str] = set()
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.

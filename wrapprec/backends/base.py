@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wrapprec.backends import ABSENT
+from wrapprec.backends.fast import Switches
 from wrapprec.backends.recurrent import probe_rnn, rnn_kind
+from wrapprec.errors import PolicyError, message
 from wrapprec.precision import Precision
 
 
@@ -88,11 +91,13 @@ class Backend(ABC):
         name: the device type.
         lending: how weights are lent there.
         scaling: whether float16 needs, and gets, a loss scale there.
+        switches: what makes float32 products fast there (the policy `32-fast`); None where there is nothing.
     """
 
     name: str
     lending: Lending
     scaling: bool = True
+    switches: Switches | None = None
 
     def __init__(self) -> None:
         self._probed: dict[tuple[str, torch.dtype, str], bool] = {}
@@ -119,6 +124,17 @@ class Backend(ABC):
             The spelling of a preset, and the reason in a few words.
         """
 
+    def native(self, precision: Precision) -> Precision:
+        """Say in which precision a device computes what a policy asks for.
+
+        Args:
+            precision: the policy's or a rule's.
+
+        Returns:
+            The same, with the dtypes that the device does not have replaced by those it has instead.
+        """
+        return precision
+
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """Say whether another precision would serve better on a device.
 
@@ -130,6 +146,35 @@ class Backend(ABC):
             The advice, to be given once; None where there is none.
         """
         return None
+
+    def facts(self, precision: Precision, device: torch.device) -> str | None:
+        """Say what a reader of the plan should know of a precision on a device.
+
+        Args:
+            precision: what the policy asks for.
+            device: a device of this type.
+
+        Returns:
+            The fact, measured here; None where there is nothing to say.
+
+        Raises:
+            PolicyError: it asks for fast float32 products, and the device has no switch for them.
+        """
+        if precision.compute_dtype != "tf32":
+            return None
+        if self.switches is None:
+            raise PolicyError(
+                message(
+                    "a device with a switch for fast float32 products (cpu, cuda)",
+                    f"a policy that computes in tf32, on {device}",
+                    remedy="use the policy 'bf16-mixed' or '32-true' there",
+                )
+            )
+        plain, fast = self.switches.errors(device)
+        return (
+            f"float32 products by the faster road: relative error {fast:.1e} against float64, {plain:.1e} without;"
+            " the switches hold for the whole process until unwrap"
+        )
 
     def accepts_mixed_norm(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
         """Say whether a norm's kernel takes activations in `dtype` with float32 parameters, by trying it once.
@@ -211,13 +256,13 @@ class Backend(ABC):
 def _probe(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
     # Warnings marked "once" in C++ would hide a slow path that an earlier call has already warned of.
     always = torch.is_warn_always_enabled()
-    autocast_off = torch.autocast(device.type, enabled=False)
-    with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False), torch.enable_grad(), autocast_off:
+    with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("always")
         torch.set_warn_always(True)
         try:
-            agrees = all(_agrees(kind, dtype, device, training) for training in (True, False))
-        except (RuntimeError, ValueError, TypeError):
+            with torch.autocast(device.type, enabled=False):
+                agrees = all(_agrees(kind, dtype, device, training) for training in (True, False))
+        except (ValueError, *ABSENT):
             return False
         finally:
             torch.set_warn_always(always)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from wrapprec.backends.base import Backend, Capability, Lending
+from wrapprec.backends.fast import Switches
 from wrapprec.errors import PolicyError, message
 
 
@@ -18,6 +19,11 @@ class CudaBackend(Backend):
 
     name = "cuda"
     lending = Lending(bucket_elements=2**22, multi_tensor=True)
+    switches = Switches(
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        (torch.backends.cudnn.conv, "fp32_precision", "tf32"),  # type: ignore[attr-defined]
+        (torch.backends.cudnn.rnn, "fp32_precision", "tf32"),
+    )
 
     def has_bfloat16(self, device: torch.device) -> bool:
         """Say whether a device computes in bfloat16 natively.

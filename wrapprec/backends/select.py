@@ -11,17 +11,19 @@ from torch import nn
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
+from wrapprec.backends.generic import GenericBackend, is_accelerator
+from wrapprec.backends.xla import XlaBackend
 from wrapprec.errors import PolicyError, message
 from wrapprec.policy import Policy
 
-_BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
+_BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "xla": XlaBackend}
 _LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 _LAUNCHED = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp8": "fp8-mixed"}
 
 
 @functools.cache
 def _instance(kind: str) -> Backend:
-    return _BACKENDS[kind]()
+    return _BACKENDS[kind]() if kind in _BACKENDS else GenericBackend(kind)
 
 
 def backend_for(device: torch.device | str) -> Backend:
@@ -40,10 +42,10 @@ def backend_for(device: torch.device | str) -> Backend:
     'cpu'
     """
     kind = torch.device(device).type
-    if kind not in _BACKENDS:
+    if kind not in _BACKENDS and not is_accelerator(kind):
         raise PolicyError(
             message(
-                f"a device of a supported type ({', '.join(_BACKENDS)})",
+                f"a device of a supported type ({', '.join(_BACKENDS)}, or another that torch.autocast knows)",
                 f"{device}",
                 remedy="move the model to one of these before wrapping it",
             )
