@@ -22,7 +22,7 @@ LAYERS: dict[str, str] = {
     "wants": "grammar lossscale precision rule policy allowlist fills",
     "choice": "backends backends.recurrent backends.base backends.cpu backends.cuda backends.select"
     " defaults placement plan",
-    "state": "current standin lent bucket scale border boundary audit diagnose state",
+    "state": "current standin lent bucket scale border boundary ranks audit diagnose state",
     "effects": "copies writes escape checks carried recompute computed outward scope island native traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",

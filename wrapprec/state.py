@@ -17,6 +17,7 @@ from wrapprec.bucket import Bucket
 from wrapprec.diagnose import Diagnosis
 from wrapprec.lent import originals
 from wrapprec.plan import Plan
+from wrapprec.ranks import Ranks
 from wrapprec.scale import Scaler
 from wrapprec.standin import forward_of
 
@@ -67,6 +68,7 @@ class Shared:
         self.warned: set[str] = set()
         # What `parametrize.cached()` keeps inside: its cache outside, the scale, and the cache.
         self.cache: Any = None
+        self.ranks = Ranks()
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
