@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel.distributed import _MixedPrecision
 
 import wrapprec
 from wrapprec import LossScale
+from wrapprec.backends.base import Lending
+from wrapprec.backends.cpu import CpuBackend
+
+_PATIENCE = datetime.timedelta(seconds=60)
+"""For a collective that another process does not come to."""
 
 POLICIES = ["bf16-mixed", "16-mixed", "bf16-module", "16-module"]
 ORDERS = ["wrap(DDP)", "DDP(wrapped)", "wrap(ddp.module)"]
@@ -33,7 +41,9 @@ def check(function: Callable[[str], None]) -> Callable[[str], None]:
 def main(rank: int, world: int, names: list[str], rendezvous: str, reports: str) -> None:
     """Run the checks in one process and save what came of each."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "float16 on a CPU without float16 instructions")
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=_PATIENCE)
     outcome: dict[str, str] = {}
     for name in names:
         for policy in POLICIES:
@@ -377,7 +387,6 @@ def processes_that_share_no_model_do_not_wait_for_each_other(policy: str) -> Non
     assert handle.step_was_skipped is (dist.get_rank() == 0 and policy.startswith("16"))
 
 
-
 # Uneven inputs
 
 
@@ -421,3 +430,274 @@ def uneven_inputs_with_join(policy: str) -> None:
         same_everywhere(*model.parameters(), torch.tensor(handle.scale), torch.tensor(handle.step_was_skipped))
         assert handle.scale == (16.0 if scales else 1.0)
         handle.unwrap()
+
+
+# Overlap
+
+
+class Tower(nn.Module):
+    """Says when the gradient has come down to each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+        self.events: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x))
+            x.register_hook(lambda grad, number=number: self.events.append(f"gradient of layer {number}"))
+        return x[:, :4]
+
+
+def events_of(order: str, policy: str | None) -> list[str]:
+    """In one backward, once DDP has settled its buckets, each of which holds one layer."""
+    model = net(Tower)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def records(state, bucket):  # type: ignore[no-untyped-def]
+        model.events.append(f"ready: {sorted(names[id(p)] for p in bucket.parameters())}")
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    options = {"bucket_cap_mb": 280 / 2**20}  # of the 288 bytes of a layer
+    ddp = DDP(model, **options) if policy is None else build(order, policy, model, loss_scale=64.0, **options)[0]
+    ddp.register_comm_hook(None, records)
+    for _ in range(3):
+        model.events.clear()
+        backward(ddp, bad=False)
+    return model.events
+
+
+def _ready(events: list[str]) -> list[str]:
+    return [event for event in events if event.startswith("ready")]
+
+
+@check
+def buckets_are_ready_when_they_are_without_wrapprec(policy: str) -> None:
+    plain = events_of("", None)
+    assert len(plain) == 10 and plain.index("gradient of layer 2") > min(map(plain.index, _ready(plain))), plain
+    for order in ORDERS:
+        assert events_of(order, policy) == plain, order
+
+
+@contextlib.contextmanager
+def lent_in_large_buckets(elements: int) -> Iterator[None]:
+    """As where one pass for many weights pays: on CUDA."""
+    before = CpuBackend.lending
+    CpuBackend.lending = Lending(elements, multi_tensor=True)
+    try:
+        yield
+    finally:
+        CpuBackend.lending = before
+
+
+@check
+def large_buckets_overlap_too(policy: str) -> None:
+    """With two layers to a bucket, the upper ones' gradients are on their way before backward is at the lowest."""
+    with lent_in_large_buckets(140):  # of the 144 elements of two layers
+        for order in ORDERS:
+            events = events_of(order, policy)
+            ready = next(i for i, event in enumerate(events) if "layers.2.weight" in event)
+            assert ready < events.index("gradient of layer 1"), (order, events)
+
+
+@check
+def large_buckets_leave_unused_parameters_alone(policy: str) -> None:
+    with lent_in_large_buckets(2**22):
+        unused_parameters_keep_no_gradient(policy)
+        unused_parameters_of_a_used_module_keep_no_gradient(policy)
+
+
+@check
+def large_buckets_of_a_static_graph_leave_unused_parameters_alone(policy: str) -> None:
+    with lent_in_large_buckets(2**22):
+        static_graph_leaves_unused_parameters_alone(policy)
+
+
+@check
+def static_graph_leaves_unused_parameters_alone(policy: str) -> None:
+    wanted = reference([data()])
+    for order in ORDERS:
+        model = net()
+        ddp, optimizer, handle = build(order, policy, model, static_graph=True, find_unused_parameters=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(ddp, bad=False)
+            near(grads(model), wanted, tolerance(policy))
+        handle.unwrap()
+
+
+# Buffers, direct calls, several models, closures
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+@check
+def buffers_are_those_of_rank_0(policy: str) -> None:
+    """DDP broadcasts buffers before forward: statistics of a batch norm are rank 0's, on every rank."""
+    plain = net(Normed)
+    for step in range(2):
+        plain(data(step)[0][:ROWS])
+    for order in ORDERS:
+        model = net(Normed)
+        ddp, _, handle = build(order, policy, model, loss_scale=64.0)
+        for step in range(2):
+            backward(ddp, bad=False, step=step)
+        buffers, wanted = dict(model.named_buffers()), dict(plain.named_buffers())
+        assert all(b.dtype is wanted[name].dtype for name, b in buffers.items())
+        if dist.get_rank() == 0:
+            statistics = ("norm.running_mean", "norm.running_var")
+            near({k: buffers[k] for k in statistics}, {k: wanted[k] for k in statistics}, tolerance(policy))
+        ddp._sync_buffers()
+        same_everywhere(*buffers.values())
+        handle.unwrap()
+
+
+@check
+def module_inside_can_be_called_directly(policy: str) -> None:
+    """As for validation on one rank: no collective, and the same numbers."""
+    plain = net()
+    x, _ = data()
+    for order in ORDERS:
+        model = net()
+        ddp, _, handle = build(order, policy, model, find_unused_parameters=True)
+        backward(ddp, bad=False)
+        if dist.get_rank() == 0:
+            model.zero_grad()
+            plain.zero_grad()
+            out = ddp.module(x)
+            assert out.dtype is torch.float32
+            near({"out": out.detach()}, {"out": plain(x).detach()}, tolerance(policy))
+            with torch.no_grad():
+                near({"out": ddp.module(x)}, {"out": plain(x).detach()}, tolerance(policy))
+        dist.barrier()
+        handle.unwrap()
+
+
+@check
+def models_of_one_handle_agree_each_on_its_scale(policy: str) -> None:
+    """A GAN's: the discriminator overflows on one rank while the generator's optimizer steps."""
+    scales = policy.startswith("16")
+    for wraps_first in (False, True):
+        torch.manual_seed(3)
+        generator, judge = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4), Limit(dist.get_rank() == 0))
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, judge)]
+        models: list[Any] = [generator, judge]
+        options: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+        if wraps_first:
+            handle = wrapprec.wrap(models, optimizers, policy, **options)
+        models = [DDP(generator), DDP(judge)]
+        if not wraps_first:
+            handle = wrapprec.wrap(models, optimizers, policy, **options)
+        x = mine(data()[0])
+        models[1](models[0](x)).mean().backward()
+        torch.nn.utils.clip_grad_value_(generator.parameters(), 1.0)
+        optimizers[0].step()
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, (handle.state_dict(), handle.step_was_skipped))
+        assert all(state == states[0] for state in states), states
+        same_everywhere(*generator.parameters())
+        assert handle.step_was_skipped is scales
+        assert handle.scales[1] == (32.0 if scales else 1.0)
+        handle.unwrap()
+
+
+class Limit(nn.Module):
+    """Identity; where it is on, what a loss scale has enlarged overflows in backward."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on and x.requires_grad:
+            x.register_hook(lambda grad: torch.where(grad.abs() > 0.1, torch.inf, grad))
+        return x
+
+
+@check
+def closures_are_evaluated_equally_often(policy: str) -> None:
+    for order in ORDERS:
+        for kind in (torch.optim.SGD, torch.optim.LBFGS):
+            model = net()
+            model.extra = nn.Identity()
+            ddp, _, handle = build(order, policy, model, loss_scale=LossScale(init_scale=64.0))
+            optimizer = kind(model.parameters(), lr=0.1)
+            handle.attach(optimizer)
+            evaluations = 0
+
+            def closure() -> Tensor:
+                nonlocal evaluations
+                evaluations += 1
+                optimizer.zero_grad()  # noqa: B023
+                bad = evaluations == 1 and dist.get_rank() == 0 and policy.startswith("16")
+                backward(ddp, bad)  # noqa: B023
+                torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)  # noqa: B023
+                # An LBFGS looks at the loss, which is each rank's own.
+                return torch.tensor(1.0)
+
+            optimizer.step(closure)
+            agreed(handle, model)
+            same_everywhere(torch.tensor(evaluations))
+            assert handle.scale == (32.0 if policy.startswith("16") else 1.0)
+            handle.unwrap()
+
+
+@check
+def only_processes_of_the_same_group_agree(policy: str) -> None:
+    scales, half = policy.startswith("16"), dist.get_world_size() // 2
+    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    number = dist.get_rank() // half
+    model = net()
+    model.extra = nn.Identity()
+    options = {"process_group": groups[number], "loss_scale": LossScale(init_scale=64.0)}
+    ddp, optimizer, handle = build("DDP(wrapped)", policy, model, **options)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(ddp, step == dist.get_rank() == 0)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+    assert handle.scale == ((32.0 if number == 0 else 64.0) if scales else 1.0)
+
+
+@check
+def sharded_optimizer_skips_on_all(policy: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of torch.jit.script
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    model = net()
+    model.extra = nn.Identity()
+    ddp = DDP(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    scales = policy.startswith("16")
+    handle = wrapprec.wrap(ddp, optimizer, policy, **({"loss_scale": LossScale(init_scale=64.0)} if scales else {}))
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(ddp, scales and step == 1 and dist.get_rank() == 0, step)
+        before = [p.detach().clone() for p in model.parameters()]
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+        agreed(handle, model)
+        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert handle.step_was_skipped is same is (scales and step == 1)
+
+
+@check
+def ddp_that_casts_by_itself_is_refused(policy: str) -> None:
+    model = net()
+    ddp = DDP(model, mixed_precision=_MixedPrecision(param_dtype=torch.float16))
+    try:
+        wrapprec.wrap(ddp, None, policy)
+    except wrapprec.WrapprecError as error:
+        assert "Expected a DistributedDataParallel that leaves precision to wrapprec" in str(error), error
+        assert "leave mixed_precision out" in str(error)
+        assert "forward" not in ddp.__dict__ and "forward" not in model.__dict__
+    else:
+        raise AssertionError("not refused")

@@ -43,7 +43,8 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared], all_models: li
     for model in models:
         flags = [b.found.to(device) for b in model.buckets if b.counts_for(owner) and b.found is not None]
         records.append(torch.stack(flags).amax() if flags else torch.zeros((), dtype=torch.float32, device=device))
-    numbers, touched = torch.stack([*at_step, *records]), {}
+    numbers = torch.stack([*at_step, *records])
+    touched: dict[int, Tensor] = {}
     if is_distributed():
         members = [(model.ranks, model.scaler, model.ids) for model in all_models if model.scaler is not None]
         numbers, touched = agree(members, numbers)
