@@ -35,8 +35,8 @@ class Ranks:
     def __init__(self) -> None:
         self._ddps: list[weakref.ref[DDP]] = []
         self._searched = False
-        # The contexts of `Join` that were made for a configuration of it.
-        self._join: tuple[Any, list[weakref.ref[Join]]] = None, []
+        # By the id of one of them: the contexts that were made with the configuration it has.
+        self._joins: dict[int, tuple[Any, list[weakref.ref[Join]]]] = {}
 
     @property
     def ddps(self) -> list[DDP]:
@@ -84,17 +84,19 @@ class Ranks:
     @property
     def joining(self) -> bool:
         """Inside ``with ddp.join()``, where ranks that ran out of inputs answer to DDP's own collectives only."""
-        return any(self._is_joining(ddp) for ddp in self.ddps)
+        return bool(self._ddps) and any(self._is_joining(ddp) for ddp in self.ddps)
 
     def _is_joining(self, ddp: DDP) -> bool:
         # The configuration stays when the context is left, and is another one in the next.
         config = ddp._join_config
         if not config.enable:
             return False
-        if self._join[0] is not config:
-            contexts = [join for join in _alive(Join) if any(one is ddp for one in join._joinables)]
-            self._join = config, [weakref.ref(join) for join in contexts]
-        return any(join() is not None for join in self._join[1])
+        known, contexts = self._joins.get(id(ddp), (None, []))
+        if known is not config:
+            made = [join for join in _alive(Join) if any(one is ddp for one in join._joinables)]
+            contexts = [weakref.ref(join) for join in made]
+            self._joins[id(ddp)] = config, contexts
+        return any(context() is not None for context in contexts)
 
     def reduces(self) -> bool:
         """The backward that is running or was run last reduces gradients: it is not under ``no_sync``."""
