@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -706,3 +708,89 @@ def ddp_that_casts_by_itself_is_refused(policy: str) -> None:
         assert "forward" not in ddp.__dict__ and "forward" not in model.__dict__
     else:
         raise AssertionError("not refused")
+
+
+# accelerate
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[Any]:
+    """What `torchrun` tells a process; gives accelerate, which warns of its own when it is imported."""
+    before = dict(os.environ)
+    numbers = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    # The group exists already: nobody will ask for the address.
+    os.environ.update(ACCELERATE_USE_CPU="true", MASTER_ADDR="unused", OMP_NUM_THREADS="1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import accelerate
+    try:
+        yield accelerate
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+
+@check
+def accelerator_keeps_everything_true(policy: str) -> None:
+    """`prepare` after `wrap`, `backward`, `accumulate`, `clip_grad_norm_`, a scheduler, `save_state`, `load_state`."""
+    scales = policy.startswith("16")
+    with launched() as accelerate:
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = net()
+        model.extra = nn.Identity()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        options: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+        handle = wrapprec.wrap(model, optimizer, policy, scheduler=scheduler, **options)
+        ddp, adam, schedule = accelerator.prepare(model, optimizer, scheduler)
+        assert isinstance(ddp, DDP)
+        wanted = {k: g / 2 for k, g in reference([data(0), data(1)]).items() if g is not None}
+        for overflow in (False, True):
+            for step in range(2):
+                with accelerator.accumulate(ddp):
+                    x, y = data(step)
+                    bad = scales and overflow and step == dist.get_rank() == 0
+                    accelerator.backward(F.mse_loss(ddp(mine(x)), mine(y)) * (2.0**24 if bad else 1.0))
+                    if accelerator.sync_gradients and not overflow:
+                        near(grads(model), wanted, tolerance(policy))
+                        norm = torch.stack([g.norm() for g in wanted.values()]).norm()
+                        near({"": accelerator.clip_grad_norm_(ddp.parameters(), 0.1)}, {"": norm}, tolerance(policy))
+                    if accelerator.sync_gradients:
+                        hide_overflow(model)
+                    adam.step()
+                    schedule.step()
+                    adam.zero_grad()
+            agreed(handle, model)
+            assert handle.step_was_skipped is (scales and overflow)
+            # accelerate advances the scheduler once for each process.
+            times = dist.get_world_size() * (1 if scales or not overflow else 2)
+            assert scheduler.get_last_lr() == [0.01 * 0.5**times]
+        folders = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(folders)
+        accelerator.save_state(folders[0])
+        saved = handle.state_dict()
+        assert handle.scale == (32.0 if scales else 1.0)
+        if scales:
+            handle.load_state_dict({**saved, "scales": [{**saved["scales"][0], "scale": 2.0}], "skipped_steps": 9})
+        accelerator.wait_for_everyone()
+        accelerator.load_state(folders[0])
+        assert handle.state_dict() == saved
+        handle.unwrap()
+
+
+@check
+def accelerator_with_a_precision_of_its_own_is_refused(policy: str) -> None:
+    with launched() as accelerate:
+        accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model = net()
+        try:
+            wrapprec.wrap(model, None, policy)
+        except wrapprec.WrapprecError as error:
+            assert "Expected an Accelerator that leaves precision to wrapprec" in str(error), error
+            assert "Received: Accelerator(mixed_precision='bf16')" in str(error), error
+            assert 'build Accelerator(mixed_precision="no")' in str(error), error
+        else:
+            raise AssertionError("not refused")

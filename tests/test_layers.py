@@ -25,7 +25,7 @@ LAYERS: dict[str, str] = {
     "state": "current standin lent bucket scale border boundary ranks audit diagnose state",
     "effects": "copies writes escape checks carried recompute computed outward scope island native traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
-    "wrap": "install handle wrap",
+    "wrap": "install prepared handle wrap",
     "package": "__init__",
 }
 MAY_IMPORT: dict[str, str] = {
