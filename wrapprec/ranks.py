@@ -61,6 +61,12 @@ class Ranks:
             )
         self._ddps = [ref for ref in self._ddps if ref() is not None] + [weakref.ref(ddp)]
 
+    def meet(self) -> None:
+        """Take note of the one whose forward is running."""
+        around = DDP._active_ddp_module
+        if around is not None:
+            self.add(around)
+
     def look_below(self, model: nn.Module) -> None:
         """Take note of those that are parts of `model`, or `model` itself."""
         for module in model.modules():

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from wrapprec import traced
 from wrapprec.cast import cast_tree, lower
@@ -244,8 +243,6 @@ class Forward(StandIn):
             shared.root = weakref.ref(self.module)
         if not self._tree:
             self.tree()
-        if DistributedDataParallel._active_ddp_module is not None:
-            shared.ranks.add(DistributedDataParallel._active_ddp_module)
         mixed = shared.mixed
         device, stale = None, not self._complete
         for forward, modules, children in self._tree:

@@ -89,6 +89,7 @@ class Scope:
         while outer is not None and outer.border is None:
             outer = outer.outer
         border = Border(scaler, None if outer is None else outer.border, self.extent)
+        self.shared.ranks.meet()
         if self.shared.ranks.joining:
             border.at_begin = functools.partial(at_end_of_backward, functools.partial(take_reduced, self.shared))
         return border
