@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -32,7 +33,15 @@ def _run(folder: Path, name: str, *arguments: str) -> str:
 
 def test_every_example_is_run_here() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart.py", "per_module_policy.py", "gan.py", "gpt.py", "benchmark.py", "tpu.py"}
+    assert names == {
+        "quickstart.py",
+        "per_module_policy.py",
+        "gan.py",
+        "gpt.py",
+        "benchmark.py",
+        "distributed.py",
+        "tpu.py",
+    }
 
 
 def test_quickstart_prints_plan_table_and_the_one_line_diff(tmp_path: Path) -> None:
@@ -61,6 +70,21 @@ def test_gan_trains_two_models_with_a_scale_each(tmp_path: Path, policy: str) ->
     scales = re.findall(r"loss scales (\S+), (\S+)", out)[-1]
     assert scales == (("1", "1") if policy == "bf16-mixed" else ("65536", "65536"))
     assert "nan" not in out
+
+
+@pytest.mark.parametrize("policy", ["bf16-module", "16-mixed"])
+def test_distributed_trains_two_processes_to_the_same_weights_and_scale(tmp_path: Path, policy: str) -> None:
+    pytest.importorskip("accelerate")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(EXAMPLES / "distributed.py"), "--small", "--policy", policy]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"2 processes under {policy}, accuracy" in done.stdout
+    assert "weights and scale are the same everywhere: True" in done.stdout
+    assert "saved custom_checkpoint_0.pkl, " in done.stdout or policy == "bf16-module"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to one process there")

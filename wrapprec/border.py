@@ -49,6 +49,8 @@ class Border:
         self.scaler = scaler
         self.outer = outer
         self.extent = extent
+        # Called when a backward that came inside here begins.
+        self.at_begin: Callable[[], None] | None = None
         self.scale = scaler.scale
         self.total: Tensor = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
 
@@ -61,6 +63,8 @@ class Border:
     def enter_backward(self) -> None:
         """Remember that the running backward has come inside through this border."""
         task = torch._C._current_graph_task_id()
+        if self.at_begin is not None and task != self.scaler.task:
+            self.at_begin()
         self.scaler.begin(task, _remember(_backwards, task, weakref.WeakSet))
         _remember(self.scaler.borders, task, dict)[id(self)] = self
 

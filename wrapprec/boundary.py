@@ -73,6 +73,19 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     return flags
 
 
+def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 if any gradient holds inf or nan, else 0.0; float32 of shape () on `device`, no host read."""
+    dense = [g._values() if g.layout is torch.sparse_coo else g for g in grads]
+    fits = [g.is_floating_point() and torch._debug_has_internal_overlap(g) == 0 for g in dense]
+    plain = [g for g, fit in zip(dense, fits, strict=True) if fit]
+    flags = check_and_scale_(plain, torch.ones((), dtype=torch.float32, device=device)) if plain else []
+    flags += [1.0 - torch.isfinite(g).all().to(torch.float32) for g, fit in zip(dense, fits, strict=True) if not fit]
+    found = torch.zeros((), dtype=torch.float32, device=device)
+    for flag in flags:
+        found = torch.maximum(found, flag.to(device, non_blocking=True))
+    return found
+
+
 class Crossing(Function):
     """What they have in common: those of one tensor keep its border; and a type that torch leaves out."""
 

@@ -17,6 +17,7 @@ from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
+from wrapprec.prepared import follow
 from wrapprec.resume import load_scales
 from wrapprec.standin import take_away
 from wrapprec.state import Shared
@@ -150,6 +151,7 @@ class Handle:
             for inner in inner_optimizers(optimizer):
                 if not any(known.guards(inner) for known in self._steppers):
                     self._guard(Stepper(inner, scaled, owner=stepper))
+            follow(optimizer, self, self._undo)
             for model in scaled:
                 model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
                 model.repartition()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ class Hold:
         self.active = True
         self._stepped = False
         self._good = False
+        self._due = True
         # Good steps of which only the device knows.
         self._good_on_device: Tensor | None = None
 
@@ -38,14 +40,21 @@ class Hold:
         else:
             self._good |= not skipped
 
-    def _is_due(self) -> bool:
-        """Whether the scheduler may advance; it always may when nothing was stepped at all."""
-        if not self.active or not self._stepped:
+    def _is_due(self, again: bool) -> bool:
+        """Whether the scheduler may advance; it always may when nothing was stepped at all.
+
+        Args:
+            again: unless a step came in between, this asks the same as the last time.
+        """
+        if not self.active:
             return True
-        due = self._good or (self._good_on_device is not None and self._read(self._good_on_device) > 0)
-        self._stepped = self._good = False
-        self._good_on_device = None
-        return due
+        if self._stepped:
+            self._due = self._good or (self._good_on_device is not None and self._read(self._good_on_device) > 0)
+            self._stepped = self._good = False
+            self._good_on_device = None
+        elif not again:
+            self._due = True
+        return self._due
 
     def install(self, scheduler: Any, undo: UndoStack) -> None:
         """Patch the scheduler's `step`, and its `state_dict`, which would otherwise list the patch as state."""
@@ -53,7 +62,9 @@ class Hold:
 
         @functools.wraps(type(scheduler).step)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            return original("step", scheduler, *args, **kwargs) if self._is_due() else None
+            # accelerate advances a scheduler once for each process.
+            again = sys._getframe(1).f_globals.get("__name__") == "accelerate.scheduler"
+            return original("step", scheduler, *args, **kwargs) if self._is_due(again) else None
 
         @functools.wraps(type(scheduler).state_dict)
         def state_dict(scheduler: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
     _place(model, shared, undo, plan)
+    shared.ranks.look_below(model)
     for forward in forward_of(model).tree():
         for key, param in forward.module._parameters.items():
             problem = None if param is None else check_dtype(forward, key, param)

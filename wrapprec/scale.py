@@ -16,6 +16,8 @@ from torch import Tensor
 from wrapprec.errors import PolicyError, message
 from wrapprec.policy import LossScale
 
+_STATE = ("scale", "growth_tracker", "hysteresis", "consecutive", "counted")
+
 _LARGEST = 2.0**126
 """Of which the reciprocal is still a normal float32."""
 
@@ -85,6 +87,36 @@ class Scaler:
         self._count(found, skipped)
         self.touched = self.begun = False
         self.peers = weakref.WeakSet()
+
+    def update_where(self, there: Tensor, found: Tensor, skipped: Tensor, owed: Tensor) -> None:
+        """`update` for a backward that other ranks alone may have had, so that their scales stay equal to this one.
+
+        Args:
+            there: 1.0 where some rank had a backward, float32, shape (); where none had, `owed` is what `owe` takes.
+        """
+        before = {name: getattr(self, name) for name in _STATE}
+        seen = torch.maximum(self.seen, owed.to(self.device))
+        self.update(found, skipped)
+        for name, value in before.items():
+            setattr(self, name, torch.where(there > 0, getattr(self, name), value))
+        self.seen.copy_(torch.where(there > 0, self.seen, seen))
+
+    def standing(self) -> Tensor:
+        """What ranks agree on by taking the largest of each: the lowest scale, and what any of them saw."""
+        lowest = torch.stack([self.scale, self.growth_tracker, self.hysteresis]).neg()
+        touched = torch.full((), float(self.touched), dtype=torch.float32, device=self.device)
+        return torch.cat([lowest, torch.stack([self.consecutive, self.seen, touched])])
+
+    def stand_at(self, standing: Tensor) -> Tensor:
+        """Take over what the ranks agreed on.
+
+        Returns:
+            1.0 where some rank was touched by a backward; float32, shape ().
+        """
+        self.scale, self.growth_tracker, self.hysteresis = standing[:3].neg().unbind()
+        self.consecutive = standing[3]
+        self.seen.copy_(standing[4])
+        return standing[5]
 
     def _count(self, found: Tensor, skipped: Tensor) -> None:
         config = self.config

@@ -28,6 +28,7 @@ from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Awaited, Later, Weights, lend, originals, take_back
 from wrapprec.outward import cross_out
+from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
 from wrapprec.standin import forward_of
 
@@ -87,7 +88,11 @@ class Scope:
         outer = self.outer
         while outer is not None and outer.border is None:
             outer = outer.outer
-        return Border(scaler, None if outer is None else outer.border, self.extent)
+        border = Border(scaler, None if outer is None else outer.border, self.extent)
+        self.shared.ranks.meet()
+        if self.shared.ranks.joining:
+            border.at_begin = functools.partial(at_end_of_backward, functools.partial(take_reduced, self.shared))
+        return border
 
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""

@@ -17,6 +17,7 @@ from wrapprec.bucket import Bucket
 from wrapprec.diagnose import Diagnosis
 from wrapprec.lent import originals
 from wrapprec.plan import Plan
+from wrapprec.ranks import Ranks
 from wrapprec.scale import Scaler
 from wrapprec.standin import forward_of
 
@@ -69,6 +70,7 @@ class Shared:
         self.cache: Any = None
         # The types of device whose switches for fast float32 products this model has turned on.
         self.hastened: set[str] = set()
+        self.ranks = Ranks()
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.

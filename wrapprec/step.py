@@ -169,7 +169,7 @@ class Stepper:
             rest = {key: value for key, value in kwargs.items() if key != "closure"}
             return self._step_with_closure(optimizer, trained, closure, args[1:], rest)
         with torch.no_grad():
-            skip = judge(optimizer, self.owner, trained)
+            skip = judge(optimizer, self.owner, trained, self._models)
             fused = is_fused(optimizer)
             if fused and not self._reads_always and prepare_momentum(optimizer):
                 return self._step_on_device(optimizer, skip, args, kwargs)
@@ -244,7 +244,7 @@ class Stepper:
     ) -> Any:
         def overflowed() -> tuple[bool, bool]:
             with torch.no_grad():
-                skipped, numbers = self._read_verdict(judge(optimizer, self.owner, trained), trained)
+                skipped, numbers = self._read_verdict(judge(optimizer, self.owner, trained, self._models), trained)
                 self._reads_always = judge_patience(trained, numbers)
             return skipped, any(numbers[::2])
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wrapprec.boundary import check_and_scale_
+from wrapprec.boundary import non_finite
 from wrapprec.diagnose import Diagnosis
 from wrapprec.errors import NonFiniteError, message
+from wrapprec.ranks import agree, is_distributed
 from wrapprec.scale import Scaler
 from wrapprec.state import Shared
 
@@ -20,7 +21,7 @@ def scalers(models: list[Shared]) -> list[Scaler]:
     return [model.scaler for model in models if model.scaler is not None]
 
 
-def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
+def judge(optimizer: Optimizer, owner: Any, models: list[Shared], all_models: list[Shared]) -> Tensor:
     """Decide on the device whether the step must be skipped, and update the scales of `models`.
 
     A step is skipped when backward saw inf or nan in this optimizer's parameters (also where clipping has hidden it
@@ -30,6 +31,7 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
         optimizer: its parameters' gradients are checked.
         owner: under which the buckets know it.
         models: the wrapped models whose parameters it steps; at least one.
+        all_models: those, and the others of the same handle: ranks agree on the scales of all.
 
     Returns:
         1.0 to skip, else 0.0: float32, shape (), on the first model's device. Nothing was read on the host.
@@ -41,11 +43,18 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared]) -> Tensor:
     for model in models:
         flags = [b.found.to(device) for b in model.buckets if b.counts_for(owner) and b.found is not None]
         records.append(torch.stack(flags).amax() if flags else torch.zeros((), dtype=torch.float32, device=device))
-    skip = torch.stack([*at_step, *records]).amax()
+    numbers = torch.stack([*at_step, *records])
+    touched: dict[int, Tensor] = {}
+    if is_distributed():
+        members = [(model.ranks, model.scaler, model.ids) for model in all_models if model.scaler is not None]
+        numbers, touched = agree(members, numbers)
+        at_step, records = list(numbers[: len(at_step)]), list(numbers[len(at_step) :])
+    skip = numbers.amax()
     # What is nobody's (the last part) tells of no model in particular.
     strange = at_step.pop() if len(parts) > len(models) else torch.zeros((), dtype=torch.float32, device=device)
     for scaler, recorded, now in zip(scalers(models), records, at_step, strict=True):
-        _update(scaler, torch.stack([recorded, now, strange]).amax(), recorded, skip)
+        found = torch.stack([recorded, now, strange]).amax()
+        _update(scaler, found, recorded, skip, touched.get(id(scaler)))
     for model in models:
         for bucket in model.pending():
             if owner in bucket.owners:
@@ -66,10 +75,14 @@ def _by_model(optimizer: Optimizer, models: list[Shared]) -> list[list[Tensor]]:
     return parts
 
 
-def _update(scaler: Scaler, found: Tensor, recorded: Tensor, skip: Tensor) -> None:
+def _update(scaler: Scaler, found: Tensor, recorded: Tensor, skip: Tensor, elsewhere: Tensor | None) -> None:
     if not scaler.touched:
         # Backward's own overflow was counted by the first update since; only what came later is still due.
-        scaler.owe((found - recorded).clamp(min=0))
+        owed = (found - recorded).clamp(min=0)
+        if elsewhere is None:
+            scaler.owe(owed)
+        else:
+            scaler.update_where(elsewhere, found, skip, owed)
         return
     for peer in scaler.peers:
         if peer is not scaler:
@@ -109,16 +122,3 @@ def judge_patience(models: list[Shared], numbers: list[float]) -> bool:
             model.diagnosis = Diagnosis() if near else None
         close |= near
     return close
-
-
-def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 if any gradient holds inf or nan, else 0.0; float32 of shape () on `device`, no host read."""
-    dense = [g._values() if g.layout is torch.sparse_coo else g for g in grads]
-    fits = [g.is_floating_point() and torch._debug_has_internal_overlap(g) == 0 for g in dense]
-    plain = [g for g, fit in zip(dense, fits, strict=True) if fit]
-    flags = check_and_scale_(plain, torch.ones((), dtype=torch.float32, device=device)) if plain else []
-    flags += [1.0 - torch.isfinite(g).all().to(torch.float32) for g, fit in zip(dense, fits, strict=True) if not fit]
-    found = torch.zeros((), dtype=torch.float32, device=device)
-    for flag in flags:
-        found = torch.maximum(found, flag.to(device, non_blocking=True))
-    return found

@@ -14,6 +14,7 @@ from wrapprec.handle import Handle
 from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
 from wrapprec.policy import Policy
+from wrapprec.prepared import check_accelerators
 from wrapprec.region import Forward
 from wrapprec.rule import Rule
 from wrapprec.standin import forward_of
@@ -53,6 +54,7 @@ def wrap(
     Raises:
         PolicyError: the policy, a rule or the scale does not fit; nothing is changed then.
         AlreadyWrappedError: the model, or a part of it, is wrapped.
+        WrapprecError: accelerate or DistributedDataParallel casts by itself.
         TypeError: model or optimizer is something else.
         ValueError: the scheduler belongs to none of the optimizers.
 
@@ -70,6 +72,7 @@ def wrap(
         check_scheduler(one_scheduler, optimizers)
     if not enabled:
         return Handle([], UndoStack())
+    check_accelerators()
     request = Request(policy, tuple(rules), loss_scale)
     undo = UndoStack()
     installed: list[Shared] = []

@@ -1,0 +1,66 @@
+"""Meets accelerate: the Accelerator that prepares a wrapped model's optimizer saves the handle, and casts nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from wrapprec.errors import WrapprecError, message
+from wrapprec.undo import UndoStack
+
+
+def check_precision(received: Any) -> None:
+    """Refuse that accelerate casts too: a loss would be scaled twice, and the plan would not say what happens.
+
+    Args:
+        received: an Accelerator, or the state that all of them share.
+
+    Raises:
+        WrapprecError: its mixed precision is on.
+    """
+    precision = getattr(received, "_mixed_precision", None) or getattr(received, "mixed_precision", "no")
+    if str(precision) != "no":
+        raise WrapprecError(
+            message(
+                "an Accelerator that leaves precision to wrapprec",
+                f"Accelerator(mixed_precision={str(precision)!r})",
+                remedy='build Accelerator(mixed_precision="no"); wrap(..., "auto") follows what the launcher was told',
+            )
+        )
+
+
+def check_accelerators() -> None:
+    """Refuse the mixed precision of an Accelerator that was built before `wrap`; accelerate is not imported for it.
+
+    Raises:
+        WrapprecError: it is on.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is not None and state._shared_state:
+        check_precision(state())
+
+
+def follow(optimizer: Optimizer, handle: Any, undo: UndoStack) -> None:
+    """Have `handle` saved and loaded by whichever Accelerator prepares `optimizer`.
+
+    Preparing loads the optimizer's own state into it: that is when the Accelerator can be seen, among the callers.
+    """
+    meet = functools.partial(_meet, weakref.ref(handle))
+    undo.push(optimizer.register_load_state_dict_post_hook(meet).remove)
+
+
+def _meet(handle: weakref.ref[Any], optimizer: Optimizer) -> None:
+    kind = getattr(sys.modules.get("accelerate"), "Accelerator", None)
+    known, frame = handle(), sys._getframe(1)
+    while kind is not None and known is not None and frame is not None:
+        accelerator = frame.f_locals.get("self")
+        if isinstance(accelerator, kind):
+            check_precision(accelerator)
+            if all(registered is not known for registered in accelerator._custom_objects):
+                accelerator.register_for_checkpointing(known)
+            return
+        frame = frame.f_back  # type: ignore[assignment]  # None at the end
