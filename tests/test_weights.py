@@ -184,9 +184,6 @@ def test_computed_weight_is_float32_with_a_true_graph_after_forward(policy: str,
 @each_policy
 @pytest.mark.parametrize("kind", [hooked_weight_norm, hooked_prune])
 def test_computed_weights_of_a_recurrent_net_are_true(policy: str, kind: Any) -> None:
-    if policy == "16-mixed":
-        pytest.skip("torch's own LSTM fails under float16 autocast on CPUs")
-
     def make() -> nn.Module:
         lstm = nn.LSTM(8, 8, batch_first=True)
         for name in ("weight_ih_l0", "weight_hh_l0"):
