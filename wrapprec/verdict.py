@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wrapprec.boundary import check_and_scale_
 from wrapprec.diagnose import Diagnosis
 from wrapprec.errors import NonFiniteError, message
+from wrapprec.flags import check_and_scale_
 from wrapprec.scale import Scaler
 from wrapprec.state import Shared
 
