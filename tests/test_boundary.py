@@ -10,8 +10,9 @@ from torch import Tensor
 
 from wrapprec import LossScale, ScaleLeakError
 from wrapprec.border import Border
-from wrapprec.boundary import Enter, Leave, Lend, check_and_scale_
+from wrapprec.boundary import Enter, Leave, Lend
 from wrapprec.bucket import Bucket
+from wrapprec.flags import check_and_scale_
 from wrapprec.scale import Scaler
 
 S = 8.0

@@ -2,6 +2,7 @@
 
 from wrapprec.errors import (
     AlreadyWrappedError,
+    CaptureError,
     DtypeMismatchError,
     ModelChangedError,
     NonFiniteError,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyWrappedError",
+    "CaptureError",
     "DtypeMismatchError",
     "Handle",
     "LossScale",

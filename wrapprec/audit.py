@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 _FIRST = 3
 _EVERY = 1000
 
-_GOES_IN: tuple[Any, ...] = tuple(vars(f)["_backward_cls"] for f in (Leave, ScaleDown, Return))
-_GOES_OUT: tuple[Any, ...] = tuple(vars(f)["_backward_cls"] for f in (Enter, Lend, ScaleUp))
+_GOES_IN: tuple[Any, ...] = (Leave, ScaleDown, Return)
+_GOES_OUT: tuple[Any, ...] = (Enter, Lend, ScaleUp)
+
+
+def crossing(node: Any) -> Any:
+    """Which Function of `boundary` a node belongs to, or None; under torch.func a node is of a class made there."""
+    return getattr(node, "crossing", None) if isinstance(getattr(node, "border", None), Border) else None
 
 
 class Schedule:
@@ -187,7 +192,7 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
         if key in seen:
             continue
         seen.add(key)
-        if inside and node in wanted and not isinstance(node, _GOES_OUT):
+        if inside and node in wanted and crossing(node) not in _GOES_OUT:
             what = "is inside forward, where gradients are scaled, and was asked for"
             raise _leak(_tensor(wanted[node]), what, modules)
         after = _cross(node, inside, modules, met)
@@ -209,20 +214,21 @@ def _comes_out(leaf: Tensor, inside: Stack) -> bool:
 
 
 def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> Stack:
-    border: Border | None = node.border if isinstance(node, _GOES_IN + _GOES_OUT) else None
-    if border is None:
+    kind = crossing(node)
+    if kind is None:
         return inside
+    border: Border = node.border
     met.add(border.scaler)
     around = inside[-1] if inside else None
-    if isinstance(node, _GOES_IN):
-        if isinstance(node, _GOES_IN[0]) and border.outer is not around:
+    if kind in _GOES_IN:
+        if kind is Leave and border.outer is not around:
             raise _leak(None, "left one forward and was used in another without crossing its border", modules)
         return (*inside, border)
     # The same scale is the same factor, also where a tensor went from one forward to the next unseen.
     if not border.same_factor(around):
         weight = next((t for t in getattr(node, "tensors", []) if t.requires_grad), None)
         raise _leak(weight, "is reached by a tensor that left forward without crossing the border", modules)
-    return () if isinstance(node, _GOES_OUT[1]) else inside[:-1]
+    return () if kind is Lend else inside[:-1]
 
 
 def _leak(tensor: Tensor | None, what: str, modules: list[Any]) -> ScaleLeakError:
@@ -266,11 +272,12 @@ def borders_below(tensor: Tensor) -> tuple[list[Border], bool]:
         if node in seen:
             continue
         seen.add(node)
-        border: Border | None = node.border if isinstance(node, _GOES_IN + _GOES_OUT) else None
-        if border is None:
+        kind = crossing(node)
+        if kind is None:
             todo += [below for below, _ in node.next_functions if below is not None]
             continue
-        around = border.outer if isinstance(node, _GOES_IN) else border
+        border: Border = node.border
+        around = border.outer if kind in _GOES_IN else border
         if around is None:
             outside = True
         else:

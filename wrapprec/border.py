@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from wrapprec import levels
 from wrapprec.errors import ScaleLeakError, message
 from wrapprec.scale import Scaler
 
@@ -43,16 +44,22 @@ class Border:
         scaler: the wrapped model's loss scale; its value now is this border's S.
         outer: the border of the scope in which this one was opened: its S divides the lent weights' gradients too.
         extent: when the scope was open.
+        functional: a transform of torch.func or forward-mode AD is running.
     """
 
-    def __init__(self, scaler: Scaler, outer: Border | None = None, extent: Extent | None = None) -> None:
+    def __init__(
+        self, scaler: Scaler, outer: Border | None = None, extent: Extent | None = None, functional: bool = False
+    ) -> None:
         self.scaler = scaler
         self.outer = outer
         self.extent = extent
         # Called when a backward that came inside here begins.
         self.at_begin: Callable[[], None] | None = None
-        self.scale = scaler.scale
-        self.total: Tensor = self.scale if outer is None else self.scale * outer.total.to(self.scale.device)
+        self.scale = scaler.cautious() if functional else scaler.scale
+        self.total: Tensor = self.scale
+        if outer is not None:
+            with levels.plain():
+                self.total = self.scale * outer.total.to(self.scale.device)
 
     def again(self, extent: Extent) -> Border:
         """The same border, for the scope of a recomputation."""
@@ -65,7 +72,8 @@ class Border:
         task = torch._C._current_graph_task_id()
         if self.at_begin is not None and task != self.scaler.task:
             self.at_begin()
-        self.scaler.begin(task, _remember(_backwards, task, weakref.WeakSet))
+        with levels.plain():
+            self.scaler.begin(task, _remember(_backwards, task, weakref.WeakSet))
         _remember(self.scaler.borders, task, dict)[id(self)] = self
 
     def leave_backward(self, what: str) -> None:

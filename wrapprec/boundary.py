@@ -30,60 +30,13 @@ from torch.autograd import Function
 
 from wrapprec.border import Border
 from wrapprec.dtypes import LOW
+from wrapprec.flags import check_and_scale_, real, scalar, values_of
+from wrapprec.levels import physically
 
 if TYPE_CHECKING:
     from wrapprec.bucket import Bucket
 
 Dtypes = tuple[torch.dtype | None, ...]
-
-
-def _scalar(number: Tensor, like: Tensor) -> Tensor:
-    return number if number.device == like.device else number.to(like.device, non_blocking=True)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor, sharing its memory, of whatever layout it is."""
-    if tensor.layout is torch.strided:
-        return tensor
-    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
-
-
-def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Multiply dense gradients in place by `factor` and say, one flag per device and dtype, whether any is inf or nan.
-
-    Args:
-        grads: dense floating tensors on any devices; they must be nobody else's.
-        factor: float32, shape ().
-
-    Returns:
-        Flags, float32 of shape (): 1.0 where an element was inf or nan, before or after the product.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for grad in grads:
-        groups.setdefault((grad.device, grad.dtype), []).append(grad)
-    flags = []
-    for (device, _), group in groups.items():
-        flag = torch.zeros((), dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(group, flag, _scalar(factor, group[0]))
-        flags.append(flag)
-    return flags
-
-
-def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 if any gradient holds inf or nan, else 0.0; float32 of shape () on `device`, no host read."""
-    dense = [g._values() if g.layout is torch.sparse_coo else g for g in grads]
-    fits = [g.is_floating_point() and torch._debug_has_internal_overlap(g) == 0 for g in dense]
-    plain = [g for g, fit in zip(dense, fits, strict=True) if fit]
-    flags = check_and_scale_(plain, torch.ones((), dtype=torch.float32, device=device)) if plain else []
-    flags += [1.0 - torch.isfinite(g).all().to(torch.float32) for g, fit in zip(dense, fits, strict=True) if not fit]
-    found = torch.zeros((), dtype=torch.float32, device=device)
-    for flag in flags:
-        found = torch.maximum(found, flag.to(device, non_blocking=True))
-    return found
 
 
 class Crossing(Function):
@@ -92,19 +45,40 @@ class Crossing(Function):
     if TYPE_CHECKING:
         apply: ClassVar[Callable[..., Any]]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.border = inputs[1]
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.border, ctx.crossing = inputs[1], cls
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        # Every crossing is linear: a tangent crosses as its value does, and so do gradients of tangents.
+        return None if tangents[0] is None else cls.apply(tangents[0], ctx.border)
+
+    @classmethod
+    def vmap(cls, info: Any, dims: tuple[Any, ...], *inputs: Any) -> Any:
+        # Elementwise: a batch crosses as one tensor, and overflow anywhere in it is one flag.
+        return cls.apply(*inputs), dims[0]
+
+
+def _tangents(apply: Callable[..., Any], given: Sequence[Any], like: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Let the tangents that there are cross; autograd wants all or none, so the others are zero.
+
+    Args:
+        apply: gets the positions of those that there are, and returns what they became.
+        given: tangents, or None.
+        like: tensors of the shapes and dtypes of what they become.
+    """
+    wanted = [i for i, tangent in enumerate(given) if tangent is not None]
+    made = dict(zip(wanted, apply(wanted), strict=True)) if wanted else {}
+    return tuple(made[i] if i in made else torch.zeros_like(one) if made else None for i, one in enumerate(like))
 
 
 class Enter(Crossing):
     """Identity on the way in; the gradient is divided by S on the way out."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(tensor: Tensor, border: Border) -> Tensor:
-        return tensor.detach()
+        return physically(Tensor.detach, tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -133,12 +107,15 @@ class ScaleDown(Crossing):
 
     @staticmethod
     def forward(grad: Tensor, border: Border) -> Tensor:
-        # The product is taken in float32, where 1/S and an overflow can be told apart.
-        true = grad.to(torch.float32, copy=True) if grad.dtype in LOW else grad.clone()
-        for flag in check_and_scale_([_real(_dense(true))], border.scale.reciprocal()):
-            seen = border.scaler.seen
-            torch.maximum(seen, _scalar(flag, seen), out=seen)
-        return true.to(grad.dtype)
+        def scale(grad: Tensor) -> Tensor:
+            # The product is taken in float32, where 1/S and an overflow can be told apart.
+            true = grad.to(torch.float32, copy=True) if grad.dtype in LOW else grad.clone()
+            for flag in check_and_scale_([real(values_of(true))], border.scale.reciprocal()):
+                seen = border.scaler.seen
+                torch.maximum(seen, scalar(flag, seen), out=seen)
+            return true.to(grad.dtype)
+
+        return physically(scale, grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -149,11 +126,9 @@ class ScaleDown(Crossing):
 class Leave(Crossing):
     """Identity on the way out; the gradient is multiplied by S on the way in."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(tensor: Tensor, border: Border) -> Tensor:
-        return tensor.detach()
+        return physically(Tensor.detach, tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -166,7 +141,7 @@ class ScaleUp(Crossing):
 
     @staticmethod
     def forward(grad: Tensor, border: Border) -> Tensor:
-        return grad * _scalar(border.scale, grad).to(grad.dtype)
+        return grad * scalar(border.scale, grad).to(grad.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -179,7 +154,7 @@ class Recompute(Crossing):
 
     @staticmethod
     def forward(tensor: Tensor, border: Border) -> Tensor:
-        return tensor.detach()
+        return physically(Tensor.detach, tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -192,6 +167,10 @@ class Lend(Crossing):
 
     @staticmethod
     def forward(border: Border | None, bucket: Bucket, dtypes: Dtypes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return physically(lambda *whole: Lend._cast(bucket, dtypes, whole), *tensors)
+
+    @staticmethod
+    def _cast(bucket: Bucket, dtypes: Dtypes, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if bucket.multi_tensor:
             cast = [(t, d) for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)]
             low = [torch.empty_like(t, dtype=d) for t, d in cast]
@@ -203,11 +182,25 @@ class Lend(Crossing):
             )
         return tuple(t.detach() if d is None else t.detach().to(d) for t, d in zip(tensors, dtypes, strict=True))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         # Plain attributes: a saved tensor would have to be saved again, in the same order, by a recomputation.
         ctx.border, ctx.bucket, ctx.low, *ctx.tensors = inputs
+        ctx.crossing = cls
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        def cross(wanted: list[int]) -> Any:
+            dtypes = tuple(ctx.low[i] for i in wanted)
+            return cls.apply(ctx.border, ctx.bucket, dtypes, *(tangents[3 + i] for i in wanted))
+
+        lent = [t if d is None else torch.empty_like(t, dtype=d) for t, d in zip(ctx.tensors, ctx.low, strict=True)]
+        return _tangents(cross, tangents[3:], lent)
+
+    @classmethod
+    def vmap(cls, info: Any, dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return cls.apply(*inputs), dims[3:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -231,6 +224,12 @@ class Return(Crossing):
     def forward(
         border: Border | None, bucket: Bucket, low: Dtypes, tensors: list[Tensor], *grads: Tensor
     ) -> tuple[Tensor, ...]:
+        return physically(lambda *whole: Return._cast(border, bucket, tensors, whole), *grads)
+
+    @staticmethod
+    def _cast(
+        border: Border | None, bucket: Bucket, tensors: list[Tensor], grads: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         dense = [i for i, grad in enumerate(grads) if grad.layout is torch.strided]
         true: list[Tensor] = list(grads)
         if bucket.multi_tensor and dense:
@@ -241,22 +240,35 @@ class Return(Crossing):
         else:
             for i in dense:
                 true[i] = grads[i].to(tensors[i].dtype, copy=True)
-        checked = [_real(true[i]) for i in dense]
+        checked = [real(true[i]) for i in dense]
         for i, grad in enumerate(grads):
             if grad.layout is not torch.strided:
                 values = grad._values().to(tensors[i].dtype, copy=True)
                 true[i] = torch.sparse_coo_tensor(
                     grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
                 )
-                checked.append(_real(values))
+                checked.append(real(values))
         if border is not None:
             bucket.record(check_and_scale_(checked, border.total.reciprocal()), tensors, border.scaler.seen)
         return tuple(true)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.border, ctx.bucket, ctx.low = inputs[:3]
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.border, ctx.bucket, ctx.low, ctx.weights = inputs[:4]
         ctx.set_materialize_grads(False)
+        ctx.crossing = cls
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        def cross(wanted: list[int]) -> Any:
+            low, weights = tuple(ctx.low[i] for i in wanted), [ctx.weights[i] for i in wanted]
+            return cls.apply(ctx.border, ctx.bucket, low, weights, *(tangents[4 + i] for i in wanted))
+
+        return _tangents(cross, tangents[4:], ctx.weights)
+
+    @classmethod
+    def vmap(cls, info: Any, dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return cls.apply(*inputs), dims[4:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

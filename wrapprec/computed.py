@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from wrapprec import levels
 from wrapprec.border import Border
 from wrapprec.boundary import Lend
 from wrapprec.dtypes import MIXABLE
@@ -76,7 +77,7 @@ class Computed:
             dtype = None if weight.dtype is forward.lend_dtype else forward.lend_dtype
             node = weight.grad_fn
             outside = node is None or node._sequence_nr() < scope.extent.first
-            if self.border is not None and weight.requires_grad and outside:
+            if self.border is not None and levels.requires_grad(weight) and outside:
                 bucket = scope.bucket(forward, key, forward.tree())
                 self._replace(forward.module, name, Lend.apply(self.border, bucket, (dtype,), weight)[0])
             elif dtype is not None:

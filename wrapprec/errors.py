@@ -34,6 +34,13 @@ class ScaleLeakError(WrapprecError, RuntimeError):
     """A tensor crossed the border of the loss scale unseen; its gradient would be wrong by that factor."""
 
 
+class CaptureError(WrapprecError, AttributeError, RuntimeError):
+    """A wrapped model was given to what records graphs (torch.export, torch.jit), and the graph would be wrong.
+
+    An AttributeError, too: to torch.jit.script it says that the forward lacks what scripting looks for.
+    """
+
+
 class NonFiniteError(WrapprecError, FloatingPointError):
     """The loss scale cannot help any more: gradients stay inf or nan."""
 

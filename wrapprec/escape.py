@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrapprec import levels
 from wrapprec.cast import map_tensors, mend, tensors_in
 
 _CONTAINERS = (list, tuple, dict, set)
@@ -29,7 +30,7 @@ def once(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     results: set[int] = set()
 
     def apply(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad or id(tensor) in results:
+        if not levels.requires_grad(tensor) or id(tensor) in results:
             return tensor
         if id(tensor) not in made:
             result = fn(tensor)
@@ -112,7 +113,7 @@ def mend_attributes(
         if type(value) in _SKIPPED or isinstance(value, _ATOMS):
             continue
         if isinstance(value, Tensor):
-            if value.requires_grad:
+            if levels.requires_grad(value):
                 own[key] = fn(value)
         elif isinstance(value, _CONTAINERS):
             if any(not isinstance(item, _ATOMS) for item in _items(value)):
@@ -127,7 +128,7 @@ def mend_attributes(
                 holders.append(key)
     buffers = own["_buffers"]
     for key, value in buffers.items():
-        if value is not None and value.requires_grad:
+        if value is not None and levels.requires_grad(value):
             buffers[key] = fn(value)
     return holders
 

@@ -196,13 +196,12 @@ def _renormalises(module: nn.Module) -> bool:
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
     precision = placement.precision
     keeps, restores = placement.activations == "keep", placement.activations == "restore"
-    key = precision, restores
-    if key not in regions:
-        regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
+    region = _region(precision, shared, restores, regions)
     low = precision.compute_dtype if precision.casting is not None else None
     assert low is None or isinstance(low, torch.dtype)
     by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
-    forward.region = None if keeps else regions[key]
+    forward.region = None if keeps else region
+    forward.wide = _region(precision, shared, True, regions) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
     forward.output_dtype = None
@@ -215,6 +214,13 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.runner = runner_for(forward.module)
     forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.forget_tree()
+
+
+def _region(precision: Precision, shared: Shared, restores: bool, regions: dict[Any, Region]) -> Region:
+    key = precision, restores
+    if key not in regions:
+        regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
+    return regions[key]
 
 
 def adopt(model: nn.Module) -> UndoStack:

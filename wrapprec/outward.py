@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrapprec import audit
+from wrapprec import audit, levels
 from wrapprec.border import Border
 from wrapprec.boundary import Leave
 from wrapprec.current import thread
@@ -21,11 +21,12 @@ def cross_out(tensor: Tensor, border: Border, start: int, strict: bool = False) 
         start: the number of the scope's first node.
         strict: other threads use the model too, and number their nodes as they like: the graph itself must tell.
     """
-    node = tensor.grad_fn
+    nodes = [layer.grad_fn for layer in levels.layers(tensor)]
     # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
-    if node is None or node._sequence_nr() < start:
+    young = [node for node in nodes if node is not None and node._sequence_nr() >= start]
+    if not (young or levels.differentiates_forward()):
         return tensor
-    if isinstance(node, Leave._backward_cls) and node.border is border:  # type: ignore[attr-defined]
+    if any(audit.crossing(node) is Leave and getattr(node, "border", None) is border for node in young):
         return tensor
     if strict and not any(below is border for below in audit.borders_below(tensor)[0]):
         return tensor
@@ -56,7 +57,7 @@ def leave(tensor: Tensor) -> Tensor:
     >>> leave(torch.ones(2))
     tensor([1., 1.])
     """
-    if not tensor.requires_grad:
+    if not levels.requires_grad(tensor):
         return tensor
     scope = thread.scope
     if scope is None:

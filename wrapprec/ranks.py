@@ -14,8 +14,8 @@ from torch.autograd import Variable
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from wrapprec.boundary import non_finite
 from wrapprec.errors import WrapprecError, message
+from wrapprec.flags import non_finite
 from wrapprec.scale import Scaler
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrapprec import traced
+from wrapprec import levels, traced
+from wrapprec.capture import Recorded, has_no_backward, is_symbolic
 from wrapprec.cast import cast_tree, lower
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
@@ -84,7 +85,7 @@ class Region:
         return out
 
 
-class Forward(StandIn):
+class Forward(Recorded, StandIn):
     """Stands in for the `forward` of one module of a wrapped model.
 
     Args:
@@ -95,6 +96,7 @@ class Forward(StandIn):
 
     Attributes:
         region: the precision it computes in; None for "whatever is around" (a norm whose kernel takes the mix).
+        wide: where `region` is None, what stands in under torch.func, forward-mode AD and export: they take no mix.
         lend_dtype: the dtype its own parameters are lent in, or None for their own.
         freeze_dtype: the dtype they are lent in inside `frozen()`.
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
@@ -106,6 +108,7 @@ class Forward(StandIn):
     """
 
     region: Region | None
+    wide: Region | None
     lend_dtype: torch.dtype | None
     freeze_dtype: torch.dtype | None
     output_dtype: torch.dtype | None
@@ -154,6 +157,11 @@ class Forward(StandIn):
         called = called_on(self, depth=2)
         if called is not self.module:
             return self.move_to(called)(*args, **kwargs)
+        if is_symbolic():
+            return self._call(args, kwargs)
+        if self.shared.scaler is not None and torch.is_grad_enabled() and has_no_backward(self):
+            with torch.no_grad():
+                return self._open(args, kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
         self._check(in_backward)
         part_of = recomputed(self, thread.scope) if in_backward else None
@@ -179,13 +187,15 @@ class Forward(StandIn):
         if self.computed:
             scope.computed.lend(self, scope)
         around = scope.region
-        region = self.region if self.region is not None else around
+        region = self.region
+        if region is None:
+            region = self.wide if levels.any_running() or torch._C._get_tracing_state() is not None else around
         crosses = region is not around
         casts = None
         if region is not None and region.casts and (crosses or (region.by_module and self.module._parameters)):
             casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
-        if not crosses:
+        if not crosses or region is None:
             out = self._call(args, kwargs)
         else:
             scope.region = region
@@ -266,9 +276,10 @@ class Forward(StandIn):
             owner.owned()
         if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
             warn_of_hooks(self)
-            check_pending(shared)
-            if shared.scaler.touched and not any(owner.alive for owner in shared.owners):
-                shared.scaler.settle()
+            with levels.plain():
+                check_pending(shared)
+                if shared.scaler.touched and not any(owner.alive for owner in shared.owners):
+                    shared.scaler.settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         new = object.__new__(type(self))

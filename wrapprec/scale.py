@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wrapprec import levels
 from wrapprec.errors import PolicyError, message
 from wrapprec.policy import LossScale
 
@@ -20,6 +21,9 @@ _STATE = ("scale", "growth_tracker", "hysteresis", "consecutive", "counted")
 
 _LARGEST = 2.0**126
 """Of which the reciprocal is still a normal float32."""
+
+_CAUTIOUS = 2.0**10
+"""The largest scale under a transform: gradients at the outputs from 2**-24 to 2**5 are float16's normal numbers."""
 
 
 class Scaler:
@@ -52,6 +56,8 @@ class Scaler:
         # A patched step has judged the latest backward, this model's own or another's that it was part of.
         self.judged = False
         self.task = -1
+        # `cautious`, and the scale that it was made from.
+        self._cautious: tuple[Tensor, Tensor] | None = None
         # The models that took part in backwards with this one since the last update.
         self.peers: weakref.WeakSet[Scaler] = weakref.WeakSet()
 
@@ -59,6 +65,16 @@ class Scaler:
     def answered(self) -> bool:
         """A patched step, of this model or of one behind which it ran, has judged the latest backward."""
         return self.judged and (self.begun or not self.touched)
+
+    def cautious(self) -> Tensor:
+        """The scale for a transform of torch.func, whose gradients no step skips: 1.0 at an output must fit float16.
+
+        With the usual first scale of 2**16 every Jacobian would be inf.
+        """
+        if self._cautious is None or self._cautious[0] is not self.scale:
+            with levels.plain():
+                self._cautious = self.scale, self.scale.clamp(max=_CAUTIOUS)
+        return self._cautious[1]
 
     def begin(self, task: int, peers: weakref.WeakSet[Scaler]) -> None:
         """A backward, known by its graph task, has come inside; `peers` are all models it came through so far."""
@@ -226,7 +242,7 @@ class Scaler:
         self.touched = self.begun = self.judged = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "borders": {}, "peers": None}
+        return {**self.__dict__, "borders": {}, "peers": None, "_cautious": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.parameter import is_lazy
 
-from wrapprec import audit
+from wrapprec import audit, levels
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Inward, Lend, Recompute
 from wrapprec.bucket import Bucket
@@ -68,7 +67,9 @@ class Scope:
         self.extent = Extent()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
-        self.transforms = _transforms()
+        self.transforms = levels.depth()
+        # Tensors may be wrappers with a graph for each level, and forward has tangents to compute.
+        self.functional = levels.any_running()
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
         self.suspended = False
         # A leaf that a forward hook makes by requires_grad_(): what it was given is looked at soon after.
@@ -88,7 +89,7 @@ class Scope:
         outer = self.outer
         while outer is not None and outer.border is None:
             outer = outer.outer
-        border = Border(scaler, None if outer is None else outer.border, self.extent)
+        border = Border(scaler, None if outer is None else outer.border, self.extent, self.functional)
         self.shared.ranks.meet()
         if self.shared.ranks.joining:
             border.at_begin = functools.partial(at_end_of_backward, functools.partial(take_reduced, self.shared))
@@ -114,7 +115,7 @@ class Scope:
                 low = forward.lend_dtype if frozen is None else forward.freeze_dtype
                 dtype = None if key in made_of else low  # the result is cast
                 dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
-                border = self.border is not None and param.requires_grad
+                border = self.border is not None and self._differentiates(param)
                 if dtype is None and not border:
                     continue
                 entry = forward, key, param, dtype
@@ -133,6 +134,12 @@ class Scope:
                 # Noted first, so that an interrupt in between leaves nothing lent.
                 self.loans.append((forward.module, weights))
                 lend(forward.module, weights)
+
+    def _differentiates(self, tensor: Tensor) -> bool:
+        """Gradients may come back to the tensor; to tangents, which do not show, whatever comes in."""
+        if tensor.requires_grad or not self.functional:
+            return tensor.requires_grad
+        return tensor.is_floating_point() and (levels.differentiates_forward() or levels.requires_grad(tensor))
 
     def _lend_one(self, entry: Entry) -> Tensor:
         forward, key, param, dtype = entry
@@ -165,11 +172,10 @@ class Scope:
         Gradients are on under no_grad, too: code inside forward may enable them again.
         """
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if grad is not self.inference and inference is self.inference and _transforms() == self.transforms:
+        if grad is not self.inference and inference is self.inference and levels.depth() == self.transforms:
             return _NOTHING
         modes = contextlib.ExitStack()
-        while _transforms() > self.transforms:
-            modes.enter_context(temporarily_pop_interpreter_stack())
+        modes.enter_context(levels.without(self.transforms))
         modes.enter_context(torch.inference_mode(self.inference))
         modes.enter_context(torch.set_grad_enabled(not self.inference))
         return modes
@@ -203,7 +209,7 @@ class Scope:
         self.carried.bring_in_attributes(forward.tree(), alone)
 
         def cross(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
+            if not self._differentiates(tensor):
                 return tensor
             inside: Tensor = Enter.apply(tensor, border)
             self.inputs.append((tensor, inside, inside._version))
@@ -280,9 +286,3 @@ class Scope:
         if self.suspended and self.border is None and not self.recomputes:
             remember(self.shared, self.extent)
         thread.scope = self.outer
-
-
-def _transforms() -> int:
-    """How many transforms of torch.func (grad, vmap, ...) are running."""
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    return 0 if innermost is None else innermost.level()

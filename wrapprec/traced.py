@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from wrapprec.capture import refuse_scale
 from wrapprec.cast import cast_tree, map_tensors
 from wrapprec.computed import computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
+from wrapprec.errors import module_label
 from wrapprec.native import narrow_masks
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             _swap_back(forward, computed)
     shared = forward.shared
     scaler = shared.scaler if torch.is_grad_enabled() else None
+    if scaler is not None and torch.compiler.is_exporting():
+        if not torch.onnx.is_in_onnx_export():
+            refuse_scale("torch.export", module_label(forward.name, forward.module))
+        scaler = None
     opened = TracedScope(shared, scope, None if scaler is None else scaler.scale)
     thread.scope = opened  # type: ignore[assignment]  # the same interface for what runs inside
     loans: list[tuple[Any, str, Any]] = []
@@ -163,11 +169,16 @@ def _swap_back(forward: Forward, swapped: list[tuple[str, Tensor]]) -> None:
 
 def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     around = scope.region
-    region = forward.region if forward.region is not None else around
+    region = forward.region
+    if region is None:
+        # Other runtimes have no kernels that take the mix. Strict export (torch 2.13) takes the activations within
+        # autocast for float32 there, and asserts it.
+        exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        region = forward.wide if exports else around
     crosses = region is not around
     if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
         args, kwargs = region.cast_inputs((args, kwargs))
-    if not crosses:
+    if not crosses or region is None:
         return _run(forward, args, kwargs)
     scope.region = region
     try:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wrapprec.boundary import non_finite
 from wrapprec.diagnose import Diagnosis
 from wrapprec.errors import NonFiniteError, message
+from wrapprec.flags import non_finite
 from wrapprec.ranks import agree, is_distributed
 from wrapprec.scale import Scaler
 from wrapprec.state import Shared
