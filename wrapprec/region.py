@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrapprec import traced
+from wrapprec import again, traced
 from wrapprec.cast import cast_tree
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
@@ -173,9 +173,10 @@ class Forward(StandIn):
             remember_frame(self.shared)
             if not in_backward and thread.scope is None:
                 warn_of_autocast(self)
-        scope = Scope(self.shared, part_of)
+        scope = Scope(self, part_of)
         try:
             thread.scope = scope
+            again.enter(scope)
             scope.lend(self.tree())
             given = args, kwargs
             args, kwargs = scope.enter(self, given)
@@ -186,6 +187,7 @@ class Forward(StandIn):
             return scope.leave(self, out, given)
         finally:
             scope.close()
+            again.leave(scope)
 
     def _enter(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.computed:
@@ -275,8 +277,7 @@ class Forward(StandIn):
             with _changing:
                 shared.refresh(self)
         for owner in shared.owners:
-            # Parameters that `add_param_group` brought since: the buckets are made anew.
-            owner.owned()
+            owner.owned()  # Buckets are made anew for parameters that `add_param_group` brought since.
         if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
             warn_of_hooks(self)
             check_pending(shared)

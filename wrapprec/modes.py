@@ -1,0 +1,58 @@
+"""The modes in which weights are lent: those of the scope's opening, whatever forward has set where it asks for one."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.utils._python_dispatch import _pop_mode_temporarily
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Modes:
+    """What is on when a scope opens."""
+
+    def __init__(self) -> None:
+        self.inference = torch.is_inference_mode_enabled()
+        self.transforms = _transforms()
+
+    def restore(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which they are on again, and no selective checkpoint sees what runs.
+
+        Gradients are on under no_grad, too: code inside forward may enable them again.
+        """
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        hidden = _selecting() if torch._C._len_torch_dispatch_stack() else 0
+        same = grad is not self.inference and inference is self.inference and not hidden
+        if same and _transforms() == self.transforms:
+            return _NOTHING
+        modes = contextlib.ExitStack()
+        for _ in range(hidden):
+            modes.enter_context(_pop_mode_temporarily())
+        while _transforms() > self.transforms:
+            modes.enter_context(temporarily_pop_interpreter_stack())
+        modes.enter_context(torch.inference_mode(self.inference))
+        modes.enter_context(torch.set_grad_enabled(not self.inference))
+        return modes
+
+
+def _transforms() -> int:
+    """How many transforms of torch.func (grad, vmap, ...) are running."""
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return 0 if innermost is None else innermost.level()
+
+
+def _selecting() -> int:
+    """How many dispatch modes to set aside, so that no selective checkpoint is among the rest.
+
+    It knows operations by their count: what is lent within it in the first run need not be in the recomputation.
+    """
+    depth: int = torch._C._len_torch_dispatch_stack()
+    for index in range(depth):
+        if isinstance(torch._C._get_dispatch_stack_at(index), (_CachedTorchDispatchMode, _CachingTorchDispatchMode)):
+            return depth - index
+    return 0
