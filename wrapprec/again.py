@@ -134,7 +134,7 @@ _before: dict[str, Any] = {name: getattr(checkpoints, name) for name in _OURS}
 
 def _again(function: Any) -> Any:
     scope = thread.scope
-    return function if scope is None else Again(function, scope)
+    return Again(function, scope) if isinstance(scope, Scope) else function
 
 
 def enter(scope: Scope) -> None:

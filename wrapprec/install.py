@@ -200,6 +200,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
     forward.sparse = bool(getattr(forward.module, "sparse", False))
+    forward.compiled = type(forward.module).__name__ == "OptimizedModule"
     forward.forget_tree()
 
 

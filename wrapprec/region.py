@@ -114,6 +114,7 @@ class Forward(StandIn):
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
         multi_tensor: its weights are cast in one pass with others.
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
+        compiled: it is what `torch.compile` returned for a module.
         buckets: which bucket each of its parameters is lent in.
         computed: which of its parameters hooks compute which weights from.
     """
@@ -124,6 +125,7 @@ class Forward(StandIn):
     output_dtype: torch.dtype | None
     multi_tensor: bool
     sparse: bool
+    compiled: bool
 
     def __init__(self, module: nn.Module, shared: Shared, name: str, replaced: Any) -> None:
         self.module = module

@@ -90,9 +90,15 @@ class Scope:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
         groups: dict[int, list[Entry]] = {}
+        compiled: set[int] = set()
         for forward in tree:
-            if id(forward) in self.done:
+            if id(forward) in self.done or id(forward) in compiled:
                 continue
+            if forward.compiled or forward.module._compiled_call_impl is not None:
+                # Its graph lends them; where it runs eagerly after all, they are lent when it is called.
+                compiled.update(map(id, forward.tree()))
+                if len(tree) > 1:
+                    continue
             self.done.add(id(forward))
             made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
