@@ -22,7 +22,8 @@ LAYERS: dict[str, str] = {
     "wants": "grammar lossscale precision rule policy allowlist",
     "choice": "backends backends.base backends.cpu backends.cuda backends.select placement plan",
     "state": "current standin lent bucket scale border boundary audit diagnose state",
-    "effects": "copies writes escape checks carried recompute computed outward modes scope island again traced mismatch region",
+    "effects": "copies writes escape checks carried recompute computed outward modes scope island again traced"
+    " mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install handle wrap",
     "package": "__init__",

@@ -1,8 +1,9 @@
-"""The modes in which weights are lent: those of the scope's opening, whatever forward has set where it asks for one."""
+"""The modes in which weights are lent, those of the scope's opening, and whether autocast's cache may be on."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -56,3 +57,16 @@ def _selecting() -> int:
         if isinstance(torch._C._get_dispatch_stack_at(index), (_CachedTorchDispatchMode, _CachingTorchDispatchMode)):
             return depth - index
     return 0
+
+
+@functools.lru_cache(maxsize=1)
+def cache_is_sound() -> bool:
+    """Whether autocast's cache keeps casts made under no_grad from those with a graph; not so in torch 2.9.
+
+    A weight that was used under no_grad first, on any thread, would get no gradient.
+    """
+    weight, x = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            torch.mm(x, weight)
+        return torch.mm(x, weight).requires_grad

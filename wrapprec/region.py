@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import threading
 import weakref
 from typing import Any
@@ -25,6 +24,7 @@ from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.lent import rnn_turn
 from wrapprec.mismatch import mismatch
+from wrapprec.modes import cache_is_sound
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.scope import Scope
@@ -36,19 +36,6 @@ _NOTHING = contextlib.nullcontext()
 
 _changing = threading.RLock()
 """Held while a changed model is taken up, so that two threads do not do it at once."""
-
-
-@functools.lru_cache(maxsize=1)
-def cache_is_sound() -> bool:
-    """Whether autocast's cache keeps casts made under no_grad from those with a graph; not so in torch 2.9.
-
-    A weight that was used under no_grad first, on any thread, would get no gradient.
-    """
-    weight, x = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.no_grad():
-            torch.mm(x, weight)
-        return torch.mm(x, weight).requires_grad
 
 
 class Region:

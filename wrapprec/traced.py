@@ -157,6 +157,7 @@ def _crossed(tensor: Tensor, factor: Tensor) -> Tensor:
 
 def _lend(forward: Forward, scale: Any, loans: list[tuple[Any, str, Any]]) -> None:
     memo: dict[tuple[int, torch.dtype], Tensor] = {}
+    scaler: Any = forward.shared.scaler
     for below in forward.tree():
         # A lent weight is no Parameter, whatever torch's annotation says.
         weights: dict[str, Any] = below.module._parameters
@@ -179,7 +180,7 @@ def _lend(forward: Forward, scale: Any, loans: list[tuple[Any, str, Any]]) -> No
                 if border:
                     bucket = below.buckets[name]
                     bucket.pending = True
-                    memo[key] = LendOne.apply(param, dtype, scale, bucket.found, forward.shared.scaler.seen)
+                    memo[key] = LendOne.apply(param, dtype, scale, bucket.found, scaler.seen)
                 else:
                     memo[key] = param.to(dtype)
             loans.append((weights, name, param))
