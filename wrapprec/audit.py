@@ -186,6 +186,9 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
     todo: list[tuple[Any, Stack]] = [(node, ()) for node in _roots(roots)]
     seen: set[tuple[Any, tuple[int, ...]]] = set()
     met: set[Scaler] = set()
+    lent = {
+        id(param) for top in modules for below in top.modules() if _is_compiled(below) for param in below.parameters()
+    }
     while todo:
         node, inside = todo.pop()
         key = node, tuple(id(border) for border in inside)
@@ -198,9 +201,11 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
         after = _cross(node, inside, modules, met)
         if hasattr(node, "variable") and not _comes_out(node.variable, after):
             raise _leak(node.variable, "was used inside forward without crossing the border", modules)
+        by_graph = bool(after) and node.name() in _COMPILED
         for below, _ in node.next_functions:
-            if below is not None:
-                todo.append((below, after))
+            if below is None or (by_graph and id(getattr(below, "variable", None)) in lent):
+                continue
+            todo.append((below, after))
     return met
 
 
@@ -211,6 +216,14 @@ def _comes_out(leaf: Tensor, inside: Stack) -> bool:
     if border is None:
         return not inside
     return len(inside) > 0 and border.same_factor(inside[-1])
+
+
+_COMPILED = frozenset({"CompiledFunctionBackward", "ApplyTemplateBackward", "LendOneBackward"})
+"""Nodes of compiled graphs, by backend. What such a graph lends, it lends inside."""
+
+
+def _is_compiled(module: Any) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> Stack:

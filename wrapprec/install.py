@@ -187,6 +187,10 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
         _configure(own, placement, shared, regions)
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" and isinstance(module._orig_mod.__dict__.get("forward"), Forward):
+            # Found now: found while dynamo traces, it would be something new, and compiled for, at the second call.
+            module._orig_mod.__dict__["forward"].tree()
 
 
 def _renormalises(module: nn.Module) -> bool:
@@ -213,6 +217,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.multi_tensor = shared.backend.lending.multi_tensor
     forward.runner = runner_for(forward.module)
     forward.sparse = bool(getattr(forward.module, "sparse", False))
+    forward.compiled = type(forward.module).__name__ == "OptimizedModule"
     forward.forget_tree()
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from wrapprec.cast import cast_tree, tensors_in
 from wrapprec.current import thread
@@ -71,6 +71,11 @@ def _device_types() -> set[str]:
 
 def _up(tree: Any) -> Any:
     return cast_tree(tree, torch.float32)
+
+
+def is_island_open() -> bool:
+    """Whether code that runs here and now is inside `float32`."""
+    return any(isinstance(mode, _Upcast) for mode in _get_current_function_mode_stack())
 
 
 class float32(contextlib.AbstractContextManager["float32"]):

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrapprec import levels, traced
+from wrapprec import again, levels, traced
 from wrapprec.capture import Recorded, has_no_backward, is_symbolic
 from wrapprec.cast import cast_tree, lower
 from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
-from wrapprec.current import cache_is_sound, thread
+from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.mismatch import mismatch
+from wrapprec.modes import cache_is_sound
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.scope import Scope
@@ -102,6 +103,7 @@ class Forward(Recorded, StandIn):
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
         multi_tensor: its weights are cast in one pass with others.
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
+        compiled: it is what `torch.compile` returned for a module.
         buckets: which bucket each of its parameters is lent in.
         computed: which of its parameters hooks compute which weights from.
         runner: how its original forward is run; None for a plain call.
@@ -115,6 +117,7 @@ class Forward(Recorded, StandIn):
     multi_tensor: bool
     sparse: bool
     runner: Any
+    compiled: bool
 
     def __init__(self, module: nn.Module, shared: Shared, name: str, replaced: Any) -> None:
         self.module = module
@@ -169,9 +172,10 @@ class Forward(Recorded, StandIn):
             remember_frame(self.shared)
             if not in_backward and thread.scope is None:
                 warn_of_autocast(self)
-        scope = Scope(self.shared, part_of)
+        scope = Scope(self, part_of)
         try:
             thread.scope = scope
+            again.enter(scope)
             scope.lend(self.tree())
             given = args, kwargs
             args, kwargs = scope.enter(self, given)
@@ -182,6 +186,7 @@ class Forward(Recorded, StandIn):
             return scope.leave(self, out, given)
         finally:
             scope.close()
+            again.leave(scope)
 
     def _enter(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.computed:
@@ -272,8 +277,7 @@ class Forward(Recorded, StandIn):
             with _changing:
                 shared.refresh(self)
         for owner in shared.owners:
-            # Parameters that `add_param_group` brought since: the buckets are made anew.
-            owner.owned()
+            owner.owned()  # Buckets are made anew for parameters that `add_param_group` brought since.
         if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
             warn_of_hooks(self)
             with levels.plain():

@@ -6,7 +6,6 @@ closes it. The scope owns all that concerns the border with the user's loop; `re
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Awaited, Later, Weights, lend, originals, take_back
+from wrapprec.modes import Modes
 from wrapprec.outward import cross_out
 from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
@@ -33,27 +33,26 @@ from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
-    from wrapprec.state import Shared
 
 Loan = tuple[nn.Module, Weights]
 
 Entry = tuple["Forward", str, Tensor, "torch.dtype | None"]
 """A weight to lend: whose it is, its name there, the parameter, and the dtype to cast it to."""
 
-_NOTHING = contextlib.nullcontext()
-
 
 class Scope:
     """One entered forward of one wrapped model, on one thread.
 
     Args:
-        shared: the wrapped model's state.
+        opener: of the module that was entered first.
         part_of: the extent of the earlier scope of whose inside this is a recomputed, checkpointed block; None for a
             scope of its own.
+        known: the border of that earlier scope, where it is known.
     """
 
-    def __init__(self, shared: Shared, part_of: Extent | None) -> None:
-        self.shared = shared
+    def __init__(self, opener: Forward, part_of: Extent | None, known: Border | None = None) -> None:
+        self.opener = opener
+        self.shared = opener.shared
         self.outer = thread.scope
         self.recomputes = part_of is not None
         # The region in force; None until the first is entered.
@@ -66,8 +65,7 @@ class Scope:
         self.inputs: list[tuple[Tensor, Tensor, int]] = []
         self.extent = Extent()
         self.grad = torch.is_grad_enabled()
-        self.inference = torch.is_inference_mode_enabled()
-        self.transforms = levels.depth()
+        self.modes = Modes()
         # Tensors may be wrappers with a graph for each level, and forward has tangents to compute.
         self.functional = levels.any_running()
         # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
@@ -75,8 +73,8 @@ class Scope:
         # A leaf that a forward hook makes by requires_grad_(): what it was given is looked at soon after.
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
-        self.border = self._border(part_of)
-        self.computed = Computed(shared, self.border)
+        self.border = self._border(part_of) if known is None else known.again(self.extent)
+        self.computed = Computed(self.shared, self.border)
 
     def _border(self, part_of: Extent | None) -> Border | None:
         scaler = self.shared.scaler
@@ -99,9 +97,15 @@ class Scope:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
         groups: dict[int, list[Entry]] = {}
+        compiled: set[int] = set()
         for forward in tree:
-            if id(forward) in self.done:
+            if id(forward) in self.done or id(forward) in compiled:
                 continue
+            if forward.compiled or forward.module._compiled_call_impl is not None:
+                # Its graph lends them; where it runs eagerly after all, they are lent when it is called.
+                compiled.update(map(id, forward.tree()))
+                if len(tree) > 1:
+                    continue
             self.done.add(id(forward))
             made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
@@ -146,7 +150,7 @@ class Scope:
         made = self.memo.get((id(param), dtype))
         if made is None:
             assert dtype is not None
-            with self._as_opened():
+            with self.modes.restore():
                 made = self.memo[id(param), dtype] = param.to(dtype)
             self.copies.append((forward, key, made, version_of(made)))
         return made
@@ -154,7 +158,7 @@ class Scope:
     def _lend_bucket(self, bucket: Bucket, entries: list[Entry], wanted: Entry) -> Tensor:
         fresh = {(id(p), d): (p, d) for _, _, p, d in entries if (id(p), d) not in self.memo}
         if fresh:
-            with self._as_opened():
+            with self.modes.restore():
                 dtypes = tuple(d for _, d in fresh.values())
                 made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
             self.memo.update(zip(fresh, made, strict=True))
@@ -165,20 +169,6 @@ class Scope:
                 if self.shared.diagnosis is not None:
                     self.shared.diagnosis.watch_weight(forward.name, key, weight)
         return self.memo[id(wanted[2]), wanted[3]]
-
-    def _as_opened(self) -> contextlib.AbstractContextManager[Any]:
-        """The modes of the scope's opening, whatever forward has set where it first asks for a weight.
-
-        Gradients are on under no_grad, too: code inside forward may enable them again.
-        """
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if grad is not self.inference and inference is self.inference and levels.depth() == self.transforms:
-            return _NOTHING
-        modes = contextlib.ExitStack()
-        modes.enter_context(levels.without(self.transforms))
-        modes.enter_context(torch.inference_mode(self.inference))
-        modes.enter_context(torch.set_grad_enabled(not self.inference))
-        return modes
 
     def bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
         """The bucket of a parameter; what came since the last partition gets one now."""
@@ -217,15 +207,19 @@ class Scope:
 
         return map_tensors(cross, tree)
 
+    def enter_again(self) -> None:
+        """Put the border on what stands in attributes of the modules, for a recomputation that uses it again."""
+        if self.border is not None:
+            self.carried = Carried(self, self.opener)
+            self.carried.bring_in_attributes(self.opener.tree(), len(self.shared.threads) <= 1)
+
     def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Cast the outputs to the output dtype, and put the border on all that leaves with a graph."""
-        check_weights(self.copies)
-        self.look_at_watched()
-        self.computed.put_back()
+        if self.recomputes:
+            return self.leave_again(out)
+        self._finish()
         border = self.border
         scaler = self.shared.scaler
-        if self.recomputes:
-            return out if border is None else map_tensors(once(lambda t: Recompute.apply(t, border)), out)
         dtype = forward.output_dtype
         if dtype is not None:
             out = map_outputs(lambda tensor: tensor.to(dtype) if tensor.dtype in MIXABLE else tensor, out)
@@ -261,6 +255,17 @@ class Scope:
         inner = (below.module for below in forward.tree() if below is not forward)
         audit.prepare(schedule, scaler, forward, out, schedule.has_new_hooks(inner) or doubtful)
         return out
+
+    def leave_again(self, out: Any) -> Any:
+        """Tell the backward of a recomputed block, on its outputs, which S is in force; nothing else changes."""
+        self._finish()
+        border = self.border
+        return out if border is None else map_tensors(once(lambda t: Recompute.apply(t, border)), out)
+
+    def _finish(self) -> None:
+        check_weights(self.copies)
+        self.look_at_watched()
+        self.computed.put_back()
 
     def look_at_watched(self) -> None:
         """Put the border on the leaves that forward hooks have made of outputs, by requires_grad_()."""

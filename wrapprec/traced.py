@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from wrapprec.capture import refuse_scale
 from wrapprec.cast import cast_tree, map_tensors
-from wrapprec.computed import computed_by_hooks
+from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import module_label
@@ -24,14 +24,39 @@ if TYPE_CHECKING:
     from wrapprec.region import Forward
 
 
-class TracedScope:
-    """A scope that is open while dynamo traces."""
+class _Everything:
+    """Contains all."""
 
-    def __init__(self, shared: Any, outer: Any, scale: Tensor | None) -> None:
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+class TracedScope:
+    """A scope that is open while dynamo traces, and while what it could not trace runs.
+
+    Args:
+        shared: the wrapped model's state.
+        outer: the scope around, of this kind or not.
+        region: the precision around.
+        total: by how much gradients inside are scaled, all scopes taken together; None where they are not.
+    """
+
+    # For a Forward that runs inside without being traced: all is lent, and nothing is to be noted.
+    done = _Everything()
+    grad = False
+    border = None
+    watched = ()
+
+    def __init__(self, shared: Any, outer: Any, region: Any, total: Tensor | None) -> None:
         self.shared = shared
         self.outer = outer
-        self.region: Any = None
-        self.scale = scale
+        self.region = region
+        self.total = total
+
+    @property
+    def computed(self) -> Computed:
+        """Casts the weights that hooks compute, for what runs inside without being traced."""
+        return Computed(self.shared, None)
 
 
 class Scale(Function):
@@ -69,32 +94,28 @@ class LendOne(Function):
 
 def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`Forward.__call__` under dynamo."""
-    scope = thread.scope
+    scope: Any = thread.scope
     if scope is not None and scope.shared is forward.shared:
-        computed = _swap_computed(forward, None)
-        try:
-            return _enter(forward, scope, args, kwargs)
-        finally:
-            _swap_back(forward, computed)
+        if type(scope) is TracedScope:
+            return _with_computed(forward, scope, args, kwargs, None)
+        return _part(forward, scope, args, kwargs)
     shared = forward.shared
     scaler = shared.scaler if torch.is_grad_enabled() else None
     if scaler is not None and torch.compiler.is_exporting():
         if not torch.onnx.is_in_onnx_export():
             refuse_scale("torch.export", module_label(forward.name, forward.module))
         scaler = None
-    opened = TracedScope(shared, scope, None if scaler is None else scaler.scale)
+    around = _total(scope)
+    total = around if scaler is None else scaler.scale if around is None else scaler.scale * around
+    opened = TracedScope(shared, scope, None, total)
     thread.scope = opened  # type: ignore[assignment]  # the same interface for what runs inside
     loans: list[tuple[Any, str, Any]] = []
     try:
-        _lend(forward, scaler, loans)
+        _lend(forward, None if scaler is None else total, loans)
         if scaler is not None:
             inverse = scaler.scale.reciprocal()
             args, kwargs = map_tensors(lambda t: _crossed(t, inverse), (args, kwargs))
-        computed = _swap_computed(forward, scaler)
-        try:
-            out = _enter(forward, opened, args, kwargs)
-        finally:
-            _swap_back(forward, computed)
+        out = _with_computed(forward, opened, args, kwargs, None if scaler is None else total)
         if forward.output_dtype is not None:
             out = cast_tree(out, forward.output_dtype)
         if scaler is not None:
@@ -108,6 +129,32 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             weights[name] = before
 
 
+def _part(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A compiled part of a model that runs eagerly: its weights are lent inside the graph, and there is no border."""
+    opened = TracedScope(forward.shared, scope, scope.region, _total(scope))
+    thread.scope = opened  # type: ignore[assignment]  # the same interface for what runs inside
+    loans: list[tuple[Any, str, Any]] = []
+    try:
+        scale = opened.total if scope.border is not None and torch.is_grad_enabled() else None
+        _lend(forward, scale, loans)
+        return _with_computed(forward, opened, args, kwargs, scale)
+    finally:
+        thread.scope = scope
+        for weights, name, before in loans:
+            weights[name] = before
+
+
+def _total(scope: Any) -> Any:
+    """By how much gradients are scaled inside the innermost of the open scopes that scale."""
+    while scope is not None:
+        if type(scope) is TracedScope:
+            return scope.total
+        if scope.border is not None:
+            return scope.border.total
+        scope = scope.outer
+    return None
+
+
 def _crossed(tensor: Tensor, factor: Tensor) -> Tensor:
     if not tensor.requires_grad or tensor.dtype not in MIXABLE:
         return tensor
@@ -115,11 +162,15 @@ def _crossed(tensor: Tensor, factor: Tensor) -> Tensor:
     return crossed
 
 
-def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> None:
+def _lend(forward: Forward, scale: Any, loans: list[tuple[Any, str, Any]]) -> None:
     memo: dict[tuple[int, torch.dtype], Tensor] = {}
+    scaler: Any = forward.shared.scaler
     for below in forward.tree():
         # A lent weight is no Parameter, whatever torch's annotation says.
         weights: dict[str, Any] = below.module._parameters
+        if type(weights) is not dict:
+            # What is called here is compiled, and no module of it: the scope around has lent the weights.
+            continue
         if below.module._forward_pre_hooks:
             below.computed = computed_by_hooks(below.module)
         for name in list(weights):
@@ -128,7 +179,7 @@ def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> N
                 continue
             low = None if name in below.computed else below.lend_dtype
             dtype = low if param.dtype in MIXABLE and low is not None else param.dtype
-            border = scaler is not None and param.requires_grad
+            border = scale is not None and param.requires_grad
             if dtype == param.dtype and not border:
                 continue
             key = id(param), dtype
@@ -136,23 +187,32 @@ def _lend(forward: Forward, scaler: Any, loans: list[tuple[Any, str, Any]]) -> N
                 if border:
                     bucket = below.buckets[name]
                     bucket.pending = True
-                    memo[key] = LendOne.apply(param, dtype, scaler.scale, bucket.found, scaler.seen)
+                    memo[key] = LendOne.apply(param, dtype, scale, bucket.found, scaler.seen)
                 else:
                     memo[key] = param.to(dtype)
             loans.append((weights, name, param))
             weights[name] = memo[key]
 
 
-def _swap_computed(forward: Forward, scaler: Any) -> list[tuple[str, Tensor]]:
-    """Lend the weights that hooks have computed outside, where there is a scaler, or cast those computed inside."""
+def _with_computed(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scale: Any) -> Any:
+    computed = _swap_computed(forward, scale)
+    try:
+        return _enter(forward, scope, args, kwargs)
+    finally:
+        _swap_back(forward, computed)
+
+
+def _swap_computed(forward: Forward, scale: Any) -> list[tuple[str, Tensor]]:
+    """Lend the weights that hooks have computed outside, where there is a scale, or cast those computed inside."""
     swapped: list[tuple[str, Tensor]] = []
+    scaler: Any = forward.shared.scaler
     for name, key in {name: key for key, name in forward.computed.items()}.items():
         weight: Any = getattr(forward.module, name)
         dtype = forward.lend_dtype if weight.dtype in MIXABLE and forward.lend_dtype is not None else weight.dtype
-        if scaler is not None and weight.requires_grad:
+        if scale is not None and weight.requires_grad:
             bucket = forward.buckets[key]
             bucket.pending = True
-            made: Tensor = LendOne.apply(weight, dtype, scaler.scale, bucket.found, scaler.seen)
+            made: Tensor = LendOne.apply(weight, dtype, scale, bucket.found, scaler.seen)
         elif weight.dtype is not dtype:
             made = weight.to(dtype)
         else:

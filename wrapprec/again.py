@@ -1,0 +1,164 @@
+"""Runs a checkpointed function again, in backward, inside the scope in which it was called.
+
+What the recomputation needs to know (which scale is in force, which precision is around, what is lent) is known where
+`torch.utils.checkpoint` is called. So, while a scope is open on some thread, the two names by which `checkpoint` makes
+its reentrant and its other form are replaced; a thread that has no scope open passes through. Checkpoints of other
+packages are left to `recompute`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import checkpoint as checkpoints
+
+from wrapprec.current import thread
+from wrapprec.island import float32, is_island_open
+from wrapprec.recompute import Extent
+from wrapprec.scope import Scope
+
+if TYPE_CHECKING:
+    from wrapprec.region import Forward
+
+_changing = threading.Lock()
+"""Held while the names are replaced or put back."""
+
+_inside: set[int] = set()
+"""The threads that have a scope open. A set, so that an interrupt between opening and closing loses no count."""
+
+
+class Again:
+    """A checkpointed function that was called inside a scope: in backward it opens the same scope once more.
+
+    Args:
+        function: what was given to `checkpoint`.
+        scope: the innermost one that is open on this thread.
+    """
+
+    def __init__(self, function: Callable[..., Any], scope: Scope) -> None:
+        self.function = function
+        # Not kept alive: it holds the weights that were lent to the original run.
+        self.scope = weakref.ref(scope)
+        self.levels: list[tuple[Forward, Any, Any]] = []
+        level: Scope | None = scope
+        while level is not None:
+            self.levels.insert(0, (level.opener, level.border, level.region))
+            level = level.outer
+        self.island = is_island_open()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if thread.scope is not None and thread.scope is self.scope():
+            return self.function(*args, **kwargs)
+        opened: list[Scope] = []
+        try:
+            for opener, border, region in self.levels:
+                scope = Scope(opener, Extent(), border)
+                opened.append(scope)
+                thread.scope = scope
+                scope.region = region
+                scope.lend(opener.tree())
+                scope.enter_again()
+            enter(opened[0])
+            # Autocast is as it was: `checkpoint` has seen to that.
+            with float32() if self.island else contextlib.nullcontext():
+                out = self.function(*args, **kwargs)
+            for scope in reversed(opened):
+                out = scope.leave_again(out)
+            return out
+        finally:
+            for scope in reversed(opened):
+                scope.close()
+            if opened:
+                leave(opened[0])
+
+
+class _Reentrant(checkpoints.CheckpointFunction):
+    """Stands in for `CheckpointFunction`, the reentrant form."""
+
+    @classmethod
+    def apply(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return _before["CheckpointFunction"].apply(_again(function), *args, **kwargs)
+
+
+def _generator(
+    function: Any, preserve: bool = True, context_fn: Any = checkpoints.noop_context_fn, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands in for what makes the other form; `checkpoint` itself makes the first call."""
+    if thread.scope is not None and context_fn is not checkpoints.noop_context_fn:
+        context_fn = functools.partial(_uncached, context_fn)
+    before = _before["_checkpoint_without_reentrant_generator"]
+    return before(_again(function), preserve, context_fn, *args, **kwargs)
+
+
+def _uncached(context_fn: Any) -> tuple[Any, Any]:
+    """The contexts of a selective checkpoint, without autocast's cache.
+
+    It counts operations, and finds others in the recomputation when the first run took a weight from the cache.
+    """
+    first, second = context_fn()
+    return _Uncached(first), _Uncached(second)
+
+
+class _Uncached:
+    """A context in which autocast casts a weight at every use."""
+
+    def __init__(self, inner: contextlib.AbstractContextManager[Any]) -> None:
+        self.inner = inner
+
+    def __enter__(self) -> Any:
+        self.before = torch.is_autocast_cache_enabled()
+        entered = self.inner.__enter__()
+        torch.set_autocast_cache_enabled(False)
+        return entered
+
+    def __exit__(self, *raised: Any) -> Any:
+        torch.set_autocast_cache_enabled(self.before)
+        return self.inner.__exit__(*raised)
+
+
+_OURS: dict[str, Any] = {
+    "CheckpointFunction": _Reentrant,
+    "_checkpoint_without_reentrant_generator": _generator,
+}
+
+_before: dict[str, Any] = {name: getattr(checkpoints, name) for name in _OURS}
+"""What stood there before. It stays here when it is put back: another thread may be on its way."""
+
+
+def _again(function: Any) -> Any:
+    scope = thread.scope
+    return Again(function, scope) if isinstance(scope, Scope) else function
+
+
+def enter(scope: Scope) -> None:
+    """A scope has opened: checkpoints that are called inside remember it."""
+    if scope.outer is not None:
+        return
+    with _changing:
+        if not _inside:
+            for name, ours in _OURS.items():
+                now = getattr(checkpoints, name)
+                if now is not ours:
+                    _before[name] = now
+                    setattr(checkpoints, name, ours)
+        _inside.add(get_ident())
+
+
+def leave(scope: Scope) -> None:
+    """A scope has closed; the last one puts torch's own names back."""
+    if scope.outer is not None:
+        return
+    with _changing:
+        _inside.discard(get_ident())
+        if not _inside:
+            for name, ours in _OURS.items():
+                # Unless somebody else has replaced ours since.
+                if getattr(checkpoints, name) is ours:
+                    setattr(checkpoints, name, _before[name])
