@@ -23,8 +23,8 @@ LAYERS: dict[str, str] = {
     "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
     " backends.generic backends.select defaults placement plan",
     "state": "current standin lent bucket scale border boundary ranks audit diagnose state",
-    "effects": "copies writes escape checks carried recompute computed outward scope island native traced mismatch"
-    " region",
+    "effects": "copies writes escape checks carried recompute computed outward scope island native operands traced"
+    " mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",
     "package": "__init__",

@@ -18,6 +18,7 @@ from wrapprec.checks import check_dtype
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.native import runner_for
+from wrapprec.operands import mended, mixes
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
@@ -196,9 +197,10 @@ def _renormalises(module: nn.Module) -> bool:
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
     precision = placement.precision
     keeps, restores = placement.activations == "keep", placement.activations == "restore"
-    key = precision, restores
+    upcasts = shared.mixed and placement.activations != "given"
+    key = precision, restores, upcasts
     if key not in regions:
-        regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
+        regions[key] = Region(precision, shared.device.type, restores, upcasts)
     low = precision.compute_dtype if precision.casting is not None else None
     assert low is None or isinstance(low, torch.dtype)
     by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
@@ -213,6 +215,8 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
     forward.runner = runner_for(forward.module)
+    if forward.runner is None and low is not None and mixes(forward.module, precision.casting == "module"):
+        forward.runner = mended
     forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.forget_tree()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ def cross_out(tensor: Tensor, border: Border, start: int, strict: bool = False) 
     # A leaf or an older graph did not pass through this scope... unless it is given out by forward itself.
     if node is None or node._sequence_nr() < start:
         return tensor
-    if isinstance(node, Leave._backward_cls) and node.border is border:  # type: ignore[attr-defined]
+    # Also a view of one that has left: `logits.t()` beside `logits`.
+    above: Any = node if tensor._base is None else tensor._base.grad_fn
+    if isinstance(above, Leave._backward_cls) and above.border is border:  # type: ignore[attr-defined]
         return tensor
     if strict and not any(below is border for below in audit.borders_below(tensor)[0]):
         return tensor
