@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import platform
@@ -75,6 +76,7 @@ def page(records: list[Record]) -> str:
         transformers=transformers.__version__,
         cpu=_cpu(),
         python=platform.python_version(),
+        date=datetime.date.today().isoformat(),
     )
     return "\n".join(
         [head, _totals(ran), _FAILURES, _failures(ran), _PASSES, _passes(ran), _UNBUILT, _unbuilt(records)]
@@ -156,7 +158,7 @@ What was tried: small random-config versions of the model classes of transformer
 - Two steps cannot show a slow drift. Dropout is off, so that runs can be compared.
 
 How: `tox -e zoo`, which runs `python -m zoo` in `tests` and writes this page and [zoo.json](compatibility/zoo.json).
-Python {python}, torch {torch}, transformers {transformers}, {cpu}; 2026-11-22; one thread a process.
+Python {python}, torch {torch}, transformers {transformers}, {cpu}; {date}; one thread a process.
 
 For each class: float32, `torch.autocast` (under float16 with `torch.amp.GradScaler`), and wrapped in four policies,
 from the same weights and inputs. SGD, learning rate 0.05, gradients clipped to norm 1 before the step; a step that is
