@@ -119,6 +119,24 @@ def test_listed_tensor_means_the_leaf_that_owns_it() -> None:
     assert not is_listed("block", nn.Sequential(nn.Linear(2, 2)), pattern)
 
 
+def test_child_without_weights_makes_no_container_of_a_leaf() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.score = nn.Parameter(torch.ones(2, 2)), nn.Sigmoid()
+
+    assert is_listed("mlp.gate", Gate(), re.compile(r"(?:^|\.)(?:mlp\.gate\.weight)$"))
+
+
+def test_module_without_weights_that_transforms_to_frequencies_is_kept() -> None:
+    class Fourier(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(x).real
+
+    assert keeps_float32("mix", Fourier()) == "fourier"
+    assert keeps_float32("relu", nn.ReLU()) is None
+
+
 @pytest.mark.parametrize(
     ("module", "own"),
     [

@@ -416,3 +416,18 @@ def test_casts_compile_without_a_graph_break() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     # Equal exactly: the same eager kernels run.
     assert torch.equal(compiled(x, {"q": [x, 3]})["out"], model(x, {"q": [x, 3]})["out"])
+
+
+def test_field_that_refuses_to_be_read_is_passed_over() -> None:
+    @dataclasses.dataclass
+    class Refuses:
+        tensor: Tensor
+        layers: int = 2
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "layers":
+                raise RuntimeError("differs from layer to layer")
+            return super().__getattribute__(name)
+
+    cast = cast_tree(Refuses(torch.ones(1)), torch.bfloat16)
+    assert cast.tensor.dtype == torch.bfloat16

@@ -24,7 +24,7 @@ LAYERS: dict[str, str] = {
     " backends.generic backends.select defaults placement plan",
     "state": "current levels standin lent bucket scale border flags boundary ranks audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed outward modes scope island again native"
-    " traced"
+    " operands traced"
     " mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",

@@ -664,3 +664,42 @@ def test_two_models_under_reentrant_checkpoints_are_true(policy: str) -> None:
         got = results[1][name]
         assert got is not None and true is not None
         assert (got - true).norm() <= 3 * TOLERANCE[policy[:2]] * true.norm(), name
+
+
+@each_policy
+@pytest.mark.parametrize("keeps", [False, True])
+def test_leaf_made_inside_forward_is_true_when_it_is_dropped_and_found_when_it_is_kept(
+    policy: str, keeps: bool
+) -> None:
+    class MakesLeaf(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            # What a wav2vec2 encoder does for checkpointing to work; nobody reads the gradient of this leaf.
+            x = x[:, None]
+            x.requires_grad = True
+            if keeps:
+                kept.append(x)
+            return self.head(torch.tanh(self.body(x))) * x.mean()
+
+    def run(model: Any) -> Gradients:
+        model(batch()).square().mean().backward()
+        return grads(model)
+
+    kept: list[Tensor] = []
+    true = FOUND if keeps else MENDED
+    assert outcome(MakesLeaf, run, policy) == true
+
+
+@each_policy
+def test_view_of_an_output_beside_it_gets_one_border(policy: str) -> None:
+    class BothWays(Base):
+        def forward(self, x: Tensor) -> Answer:
+            logits = self.head(torch.tanh(self.body(x)))
+            # What contrastive models return: logits per image, and the same seen per text.
+            return Answer(logits, {"transposed": logits.t()})
+
+    def run(model: Any) -> Gradients:
+        answer = model(batch())
+        (answer.logits.square().mean() + answer.extra["transposed"].softmax(-1)[0].sum()).backward()
+        return grads(model)
+
+    assert outcome(BothWays, run, policy) == MENDED

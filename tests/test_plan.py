@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import wrapprec
 from wrapprec.backends import cpu
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.errors import PolicyError, WrapprecWarning
@@ -219,6 +220,47 @@ def test_hugging_face_names_are_kept_wherever_they_stand_below_the_model() -> No
     assert plan.placement("decoder").rule == "policy"
     plan = resolve(outer, "16-mixed", rules=[("inner.decoder.fc", "f16")])
     assert plan.placement("inner.decoder.fc").precision.compute_dtype == F16
+
+
+class CastsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.saw = x.dtype
+        return (x.float() * self.weight).to(x.dtype)
+
+
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_strictly_listed_code_casts_by_itself_under_module_casting(attribute: str) -> None:
+    outer = nn.Sequential(nn.Linear(2, 2), CastsItself(), nn.Linear(2, 2))
+    setattr(outer, attribute, ["1", "2"])
+    given = attribute.endswith("strict")
+    plan = resolve(outer, "bf16-module")
+    assert plan.placement("1").activations == ("given" if given else "cast")
+    assert plan.placement("2").activations == "cast", "torch's own code does not cast"
+    assert resolve(outer, "bf16-mixed").placement("1").activations == "cast"
+    wrapprec.wrap(outer, policy="bf16-module")
+    assert outer(torch.ones(1, 2)).dtype == torch.float32
+    assert outer[1].saw == (torch.bfloat16 if given else torch.float32)
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed", "bf16-module", "16-module"])
+def test_fourier_transform_runs_in_float32_and_gives_back_what_is_around(policy: str) -> None:
+    class Fourier(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == torch.float32
+            return torch.fft.fft(x).real
+
+    model = nn.Sequential(nn.Linear(4, 4), Fourier(), nn.Linear(4, 1))
+    x = torch.randn(3, 4)
+    true = model(x)
+    placement = resolve(model, policy).placement("1")
+    assert (placement.rule, placement.activations) == ("default: fourier", "restore")
+    wrapprec.wrap(model, policy=policy)
+    # Three roundings to eight bits, of terms that partly cancel.
+    assert torch.allclose(model(x), true, atol=0.05)
 
 
 def test_real_t5_keeps_its_output_projection_in_float32() -> None:

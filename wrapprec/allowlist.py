@@ -13,6 +13,8 @@ from torch.nn.modules import batchnorm, instancenorm, loss, normalization
 from torch.nn.parameter import is_lazy
 
 NORM = "normalisation"
+FOURIER = "fourier"
+STRICTLY = "kept strictly by the Hugging Face model"
 
 _TORCH_NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -29,6 +31,8 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "loss": (loss._Loss,),
     "distance": (nn.PairwiseDistance, nn.CosineSimilarity),
 }
+_KEEPS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+_FOURIER = re.compile(r"\bi?[rh]?fft[n2]?\b|\bi?stft\b")
 _SCATTERING = re.compile(r"\b(scatter(?:_\w+)?|index_add_?|index_reduce_?|segment_reduce)\s*\(")
 
 
@@ -40,7 +44,7 @@ def keeps_float32(fqn: str, module: nn.Module) -> str | None:
         module: the module.
 
     Returns:
-        `normalisation`, `softmax`, `loss`, `distance`, `message passing`, or None.
+        `normalisation`, `softmax`, `loss`, `distance`, `fourier`, `message passing`, or None.
 
     >>> keeps_float32("norm", nn.LayerNorm(4)), keeps_float32("fc", nn.Linear(4, 4))
     ('normalisation', None)
@@ -51,7 +55,9 @@ def keeps_float32(fqn: str, module: nn.Module) -> str | None:
     if _is_named_norm(module):
         return NORM
     kind: Any = type(module)  # mypy finds a Module class unhashable
-    return "message passing" if _scatters_by_class(kind) else None
+    if _scatters_by_class(kind):
+        return "message passing"
+    return FOURIER if not any(True for _ in module.parameters()) and _FOURIER.search(source_of(kind)) else None
 
 
 def _is_named_norm(module: nn.Module) -> bool:
@@ -72,11 +78,12 @@ def _scatters_by_class(kind: Any) -> bool:
     return False
 
 
-def keep_pattern(module: nn.Module) -> re.Pattern[str] | None:
+def keep_pattern(module: nn.Module, strict: bool = False) -> re.Pattern[str] | None:
     """Compile the names that a Hugging Face model wants kept in float32.
 
     Args:
         module: any module; `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` are looked up on it.
+        strict: look at the second alone.
 
     Returns:
         A pattern to search in a qualified name relative to `module`: it matches where the name ends with a listed
@@ -89,7 +96,7 @@ def keep_pattern(module: nn.Module) -> re.Pattern[str] | None:
     (True, False)
     """
     names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+    for attribute in _KEEPS[1:] if strict else _KEEPS:
         listed = getattr(module, attribute, None)
         if isinstance(listed, str):
             names.add(listed)
@@ -117,7 +124,9 @@ def is_listed(fqn: str, module: nn.Module, pattern: re.Pattern[str]) -> bool:
     """
     if pattern.search(fqn):
         return True
-    own: dict[str, object] = {} if module._modules else {**module._parameters, **module._buffers}
+    # A child without weights (an activation) makes no container of it.
+    holds = any(True for child in module.children() for _ in child.parameters())
+    own: dict[str, object] = {} if holds else {**module._parameters, **module._buffers}
     return any(pattern.search(f"{fqn}.{name}") for name, tensor in own.items() if tensor is not None)
 
 
@@ -133,9 +142,16 @@ def is_torch_norm(module: nn.Module) -> bool:
     >>> is_torch_norm(nn.LayerNorm(4)), is_torch_norm(nn.Linear(4, 4))
     (True, False)
     """
-    if not isinstance(module, _TORCH_NORMS):
-        return False
-    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
+    return isinstance(module, _TORCH_NORMS) and is_torch_own(module)
+
+
+def is_torch_own(module: nn.Module) -> bool:
+    """Say whether a module's forward is torch's own code.
+
+    >>> is_torch_own(nn.Linear(4, 4))
+    True
+    """
+    owner = next((kind for kind in type(module).__mro__ if "forward" in kind.__dict__), nn.Module)
     return owner.__module__.startswith("torch.nn.modules.")
 
 
@@ -159,6 +175,24 @@ def scatter_note(module: nn.Module) -> str | None:
 
 _notes: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 """By class, weakly: torch makes classes on the fly (parametrizations) that hold their module."""
+
+_sources: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def source_of(kind: Any) -> str:
+    """The source of a module's class; empty for torch's own, and where it cannot be read."""
+    if kind not in _sources:
+        _sources[kind] = _read_source(kind)
+    return _sources[kind]
+
+
+def _read_source(kind: Any) -> str:
+    if kind.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError, SyntaxError):
+        return ""
 
 
 def _scatter_note(kind: Any) -> str | None:

@@ -8,6 +8,7 @@ that would be wrong by a factor of S.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -199,7 +200,7 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
             what = "is inside forward, where gradients are scaled, and was asked for"
             raise _leak(_tensor(wanted[node]), what, modules)
         after = _cross(node, inside, modules, met)
-        if hasattr(node, "variable") and not _comes_out(node.variable, after):
+        if hasattr(node, "variable") and not (_comes_out(node.variable, after) or _is_held_by_graph_alone(node)):
             raise _leak(node.variable, "was used inside forward without crossing the border", modules)
         by_graph = bool(after) and node.name() in _COMPILED
         for below, _ in node.next_functions:
@@ -224,6 +225,24 @@ _COMPILED = frozenset({"CompiledFunctionBackward", "ApplyTemplateBackward", "Len
 
 def _is_compiled(module: Any) -> bool:
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _is_held_by_graph_alone(node: Any) -> bool:
+    """Whether nobody can read the gradient of a leaf: forward made it and dropped it (`x.requires_grad = True`)."""
+    return not isinstance(node.variable, nn.Parameter) and _references(node) <= _references_at_least()
+
+
+def _references(node: Any) -> int:
+    leaf = node.variable
+    return sys.getrefcount(leaf)
+
+
+@functools.lru_cache(maxsize=1)
+def _references_at_least() -> int:
+    """The count of a leaf that Python code holds nowhere: in torch 2.13 the tensor itself holds its Python object."""
+    made = torch.ones(1, requires_grad=True) * 1
+    assert made.grad_fn is not None
+    return _references(made.grad_fn.next_functions[0][0])
 
 
 def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> Stack:

@@ -9,12 +9,26 @@ import torch
 from torch import nn
 
 from wrapprec import dtypes
-from wrapprec.allowlist import is_listed, keeps_float32, scatter_note
+from wrapprec.allowlist import STRICTLY, is_listed, keep_pattern, keeps_float32, scatter_note
 from wrapprec.backends.base import Backend
 from wrapprec.fills import overfill
 from wrapprec.precision import F32, Precision
 
 _ISLAND = Precision(F32, F32, F32)
+
+
+class Keeper(NamedTuple):
+    """A module that lists names to keep in float32: its own name, what it lists, and what it lists strictly."""
+
+    name: str
+    pattern: re.Pattern[str]
+    strict: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, fqn: str, module: nn.Module) -> Keeper | None:
+        """The keeper that a module is, if it lists anything."""
+        pattern = keep_pattern(module)
+        return None if pattern is None else cls(fqn, pattern, keep_pattern(module, strict=True))
 
 
 class Decision(NamedTuple):
@@ -27,23 +41,24 @@ class Decision(NamedTuple):
     own: bool = False
 
 
-def default(fqn: str, module: nn.Module, keepers: tuple[tuple[str, re.Pattern[str]], ...]) -> Decision | None:
+def default(fqn: str, module: nn.Module, keepers: tuple[Keeper, ...]) -> Decision | None:
     """Say whether a module stays in float32 for what it is.
 
     Args:
         fqn: its qualified name.
         module: the module.
-        keepers: the modules above it that list what they want in float32, by name, and their keep patterns.
+        keepers: the modules above it that list what they want in float32.
 
     Returns:
         The decision, or None.
     """
     reason = keeps_float32(fqn, module)
     if reason is None:
-        for owner, pattern in keepers:
+        for owner, pattern, strict in keepers:
             relative = fqn[len(owner) + 1 :] if owner else fqn
             if relative and is_listed(relative, module, pattern):
-                reason = "kept by the Hugging Face model"
+                strictly = strict is not None and is_listed(relative, module, strict)
+                reason = STRICTLY if strictly else "kept by the Hugging Face model"
                 break
     if reason is None:
         return None

@@ -18,6 +18,8 @@ from wrapprec.checks import check_dtype
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.native import runner_for
+from wrapprec.operands import mended, mixes
+from wrapprec.placement import Activations
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
@@ -39,6 +41,8 @@ def _is_cast_by_autocast(module: nn.Module) -> bool:
     owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
     return owner.__module__.startswith("torch.nn.modules.")
 
+
+Regions = dict[tuple[Precision, Activations], Region]
 
 _said: set[str] = set()
 """Advice that was given in this process: once is enough, the plan repeats it."""
@@ -168,7 +172,7 @@ def _check_unwrapped(model: nn.Module, siblings: list[Shared]) -> None:
 
 def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> None:
     """Give every module its Forward, or bring the one it has up to date."""
-    regions: dict[Any, Region] = {}
+    regions: Regions = {}
     placements = {placement.name: placement for placement in plan.placements}
     parametrised: set[int] = set()
     for fqn, module in model.named_modules():
@@ -197,15 +201,14 @@ def _renormalises(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
-def _configure(forward: Forward, placement: Placement, shared: Shared, regions: dict[Any, Region]) -> None:
+def _configure(forward: Forward, placement: Placement, shared: Shared, regions: Regions) -> None:
     precision = placement.precision
-    keeps, restores = placement.activations == "keep", placement.activations == "restore"
-    region = _region(precision, shared, restores, regions)
+    keeps = placement.activations == "keep"
     low = precision.compute_dtype if precision.casting is not None else None
     assert low is None or isinstance(low, torch.dtype)
     by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
-    forward.region = None if keeps else region
-    forward.wide = _region(precision, shared, True, regions) if keeps else None
+    forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
+    forward.wide = _region(precision, shared, "restore", regions) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
     forward.output_dtype = None
@@ -216,15 +219,18 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
     forward.runner = runner_for(forward.module)
+    if forward.runner is None and low is not None and mixes(forward.module, precision.casting == "module"):
+        forward.runner = mended
     forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.compiled = type(forward.module).__name__ == "OptimizedModule"
     forward.forget_tree()
 
 
-def _region(precision: Precision, shared: Shared, restores: bool, regions: dict[Any, Region]) -> Region:
-    key = precision, restores
+def _region(precision: Precision, shared: Shared, activations: Activations, regions: Regions) -> Region:
+    key = precision, activations
     if key not in regions:
-        regions[key] = Region(precision, shared.device.type, restores, upcasts=shared.mixed)
+        upcasts = shared.mixed and activations != "given"
+        regions[key] = Region(precision, shared.device.type, activations == "restore", upcasts)
     return regions[key]
 
 

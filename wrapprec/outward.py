@@ -26,7 +26,9 @@ def cross_out(tensor: Tensor, border: Border, start: int, strict: bool = False) 
     young = [node for node in nodes if node is not None and node._sequence_nr() >= start]
     if not (young or levels.differentiates_forward()):
         return tensor
-    if any(audit.crossing(node) is Leave and getattr(node, "border", None) is border for node in young):
+    # Also a view of one that has left: `logits.t()` beside `logits`.
+    above = young if tensor._base is None else [*young, tensor._base.grad_fn]
+    if any(audit.crossing(node) is Leave and getattr(node, "border", None) is border for node in above):
         return tensor
     if strict and not any(below is border for below in audit.borders_below(tensor)[0]):
         return tensor

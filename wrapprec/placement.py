@@ -13,8 +13,8 @@ from wrapprec.lossscale import LossScale, read_scale, write_scale
 from wrapprec.policy import Policy
 from wrapprec.precision import Precision, read_precision, write_precision
 
-Activations: TypeAlias = Literal["cast", "keep", "restore"]
-_TREATED = {"keep": ("activations kept",), "restore": ("activations restored",)}
+Activations: TypeAlias = Literal["cast", "keep", "restore", "given"]
+_TREATED = {"keep": ("activations kept",), "restore": ("activations restored",), "given": ("activations as given",)}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Placement:
         reason: the same in words.
         is_root: whether a region of another precision than its parent's begins here; true for the model itself.
         activations: `cast` to the precision; `keep`: a norm whose kernel takes what comes; `restore`: a norm that
-            computes in float32 and gives back the surrounding dtype.
+            computes in float32 and gives back the surrounding dtype; `given`: a module whose own code casts, since it
+            was written for float32 weights among low precision activations.
         params: how many elements its own parameters have.
         notes: what else a reader should know.
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from wrapprec import dtypes
-from wrapprec.allowlist import NORM, is_torch_norm, keep_pattern
+from wrapprec.allowlist import FOURIER, NORM, STRICTLY, is_torch_norm, is_torch_own
 from wrapprec.backends.base import Backend
 from wrapprec.backends.select import auto_policy, backend_for, execution_device
-from wrapprec.defaults import Decision, cannot, default, notes
+from wrapprec.defaults import Decision, Keeper, cannot, default, notes
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
@@ -182,12 +182,12 @@ class _Walk:
         decisions: list[Decision] = []
         # What governs the children: as the module itself, unless a default means its own code only.
         below: list[Decision] = []
-        keepers: list[tuple[tuple[str, re.Pattern[str]], ...]] = []
+        keepers: list[tuple[Keeper, ...]] = []
         for visit in self.visits:
             above = below[visit.parent] if visit.parent >= 0 else self.base
             kept = keepers[visit.parent] if visit.parent >= 0 else ()
-            pattern = keep_pattern(visit.module)
-            keepers.append((*kept, (visit.name, pattern)) if pattern else kept)
+            keeper = Keeper.of(visit.name, visit.module)
+            keepers.append((*kept, keeper) if keeper else kept)
             decision = above
             if dtypes.is_low(above.precision.compute_dtype):
                 decision = (
@@ -223,6 +223,10 @@ class _Walk:
         """What happens to the activations of a module, and the reason to show."""
         if decision.own and dtypes.is_low(around.compute_dtype):
             return "restore", decision.reason
+        if decision.rule.endswith(STRICTLY) and around.casting == "module" and not is_torch_own(module):
+            return "given", f"{decision.reason}; its own code casts"
+        if decision.rule.endswith(FOURIER) and decision.is_default and dtypes.is_low(around.compute_dtype):
+            return "restore", f"{decision.reason}; torch has no such transform in low precision on every device"
         if not (decision.is_default and decision.rule.endswith(NORM)) or not dtypes.is_low(around.compute_dtype):
             return "cast", decision.reason
         # Formats such as fp8 are for linears: between them activations are bfloat16.

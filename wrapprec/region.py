@@ -25,6 +25,7 @@ from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.mismatch import mismatch
 from wrapprec.modes import cache_is_sound
+from wrapprec.operands import apart
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.scope import Scope
@@ -45,7 +46,7 @@ class Region:
         precision: the placement's.
         device_type: for autocast.
         restores: float32 inside, and outputs given back in the dtype around it (a hand-written norm).
-        upcasts: the model mixes precisions, so a float32 region raises what comes in.
+        upcasts: a float32 region raises what comes in.
     """
 
     def __init__(self, precision: Precision, device_type: str, restores: bool, upcasts: bool) -> None:
@@ -152,7 +153,7 @@ class Forward(Recorded, StandIn):
                 scope.suspended = True
             if scope.watched:
                 scope.look_at_watched()
-            out = self._enter(scope, args, kwargs)
+            out = apart(self, scope, args, kwargs) if scope.mending else self._enter(scope, args, kwargs)
             return scope.watch(out) if self.module._forward_hooks and scope.border is not None else out
         return self._open(args, kwargs)
 

@@ -57,6 +57,8 @@ class Scope:
         self.recomputes = part_of is not None
         # The region in force; None until the first is entered.
         self.region: Any = None
+        # The mode that mends operations of the module that is running.
+        self.mending: Any = None
         self.done: set[int] = set()
         self.loans: list[Loan] = []
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}

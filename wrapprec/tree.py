@@ -121,9 +121,16 @@ def parts(node: Any) -> Iterator[Part]:
         for index, value in enumerate(list(node)):
             yield "index", index, value
     for name in field_names(node):
-        value = getattr(node, name, _MISSING)
+        value = _field(node, name)
         if value is not _MISSING:
             yield "attribute", name, value
+
+
+def _field(node: Any, name: str) -> Any:
+    try:
+        return getattr(node, name, _MISSING)
+    except Exception:  # a field that refuses to be read (a config whose layers differ) holds no activations
+        return _MISSING
 
 
 def put(node: Any, where: str, key: Any, value: Any) -> None:
