@@ -46,6 +46,7 @@ class TracedScope:
     grad = False
     border = None
     watched = ()
+    mending: Any = None
 
     def __init__(self, shared: Any, outer: Any, region: Any, total: Tensor | None) -> None:
         self.shared = shared
