@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wrapprec
-from wrapprec import ModelChangedError, wrap
+from wrapprec import wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:float16 on a CPU")
 
@@ -42,11 +42,3 @@ def test_shallow_copy_of_a_submodule_put_into_the_model_is_its_own():
     twin._parameters = {"weight": nn.Parameter(torch.zeros(4, 4)), "bias": nn.Parameter(torch.zeros(4))}
     model.append(twin)
     assert model(torch.ones(1, 4)).abs().sum() == 0
-
-
-def test_replica_of_data_parallel_is_refused_with_the_remedy():
-    model = nn.Linear(4, 4)
-    wrap(model, policy="bf16-mixed")
-    replica = model._replicate_for_data_parallel()
-    with pytest.raises(ModelChangedError, match="DistributedDataParallel"):
-        replica(torch.ones(1, 4))

@@ -89,3 +89,32 @@ def test_model_moved_after_wrap_takes_its_scale_along():
     model(torch.randn(8, 64, device="cuda")).sum().backward()
     optimizer.step()
     assert handle.scale == 2.0**7 and handle.plan.device.startswith("cuda")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("place", ["inside", "around"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_data_parallel_gives_the_gradients_of_float32(policy, place, number):
+    if torch.cuda.device_count() < number:
+        pytest.skip(f"needs {number} devices")
+    grads, x = [], torch.randn(32, 64, device="cuda")
+    for wrapped in (False, True):
+        net = make()
+        model = nn.DataParallel(net, device_ids=list(range(number)))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        if wrapped:
+            handle = wrap(net if place == "inside" else model, optimizer, policy)
+        model(x).square().mean().backward()
+        grads.append([p.grad for p in net.parameters()])
+    for true, got in zip(*grads, strict=True):
+        # Eight roundings of bfloat16, of 2**-9 each; TF32 is off for the reference by default.
+        assert (got - true).norm() <= 8 * 2**-9 * true.norm()
+    before = net[0].weight.detach().clone()
+    optimizer.zero_grad()
+    (model(x) * 1e30).sum().backward()
+    for p in net.parameters():
+        p.grad.nan_to_num_().clamp_(-1, 1)
+    optimizer.step()
+    # bfloat16 has float32's range: its loop takes the step, as float32's would.
+    assert torch.equal(net[0].weight, before) is policy.startswith("16")
+    assert handle.skipped_steps == policy.startswith("16")

@@ -23,9 +23,8 @@ LAYERS: dict[str, str] = {
     "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
     " backends.generic backends.select defaults placement plan",
     "state": "current levels standin lent bucket scale border flags boundary ranks audit diagnose state",
-    "effects": "capture copies writes escape checks carried recompute computed outward modes scope island again native"
-    " operands traced"
-    " mismatch region",
+    "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
+    " again native operands traced mismatch region",
     "step": "patch closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",
     "package": "__init__",

@@ -22,6 +22,7 @@ from torch.utils import checkpoint as checkpoints
 from wrapprec.current import thread
 from wrapprec.island import float32, is_island_open
 from wrapprec.recompute import Extent
+from wrapprec.replicas import replicated
 from wrapprec.scope import Scope
 
 if TYPE_CHECKING:
@@ -57,8 +58,11 @@ class Again:
         if thread.scope is not None and thread.scope is self.scope():
             return self.function(*args, **kwargs)
         opened: list[Scope] = []
+        replicas = contextlib.ExitStack()
         try:
             for opener, border, region in self.levels:
+                if opener.replica is not None:
+                    opener, _ = replicas.enter_context(replicated(opener.replica.origin, opener.module, ()))
                 scope = Scope(opener, Extent(), border)
                 opened.append(scope)
                 thread.scope = scope
@@ -77,6 +81,7 @@ class Again:
                 scope.close()
             if opened:
                 leave(opened[0])
+            replicas.close()
 
 
 class _Reentrant(checkpoints.CheckpointFunction):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 _FIRST = 3
 _EVERY = 1000
 
-_GOES_IN: tuple[Any, ...] = (Leave, ScaleDown, Return)
-_GOES_OUT: tuple[Any, ...] = (Enter, Lend, ScaleUp)
+GOES_IN: tuple[Any, ...] = (Leave, ScaleDown, Return)
+GOES_OUT: tuple[Any, ...] = (Enter, Lend, ScaleUp)
 
 
 def crossing(node: Any) -> Any:
     """Which Function of `boundary` a node belongs to, or None; under torch.func a node is of a class made there."""
-    return getattr(node, "crossing", None) if isinstance(getattr(node, "border", None), Border) else None
+    kind = getattr(node, "crossing", None) if isinstance(getattr(node, "border", None), Border) else None
+    return kind if kind in GOES_IN or kind in GOES_OUT else None
 
 
 class Schedule:
@@ -88,6 +90,9 @@ class Schedule:
 _due: dict[int, tuple[weakref.ref[Schedule], weakref.ref[Scaler], weakref.ref[Any]]] = {}
 """Wrapped models whose next backward is audited; torch's entry point is replaced only while there are some."""
 
+_arming = threading.RLock()
+"""Held while torch's entry point is replaced or put back; a garbage collection in between may want to put it back."""
+
 # What `Tensor.backward`, `torch.autograd.backward` and `torch.autograd.grad` call, under whatever name a program has
 # imported those; the same in torch 2.9 to 2.13.
 _NAME = "_engine_run_backward"
@@ -101,8 +106,11 @@ def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any, doub
     if not schedule.is_due((forward.name, forward.module.training, _shape(out))):
         return
     gone = functools.partial(_dismiss, id(schedule))
-    _due[id(schedule)] = weakref.ref(schedule, gone), weakref.ref(scaler), weakref.ref(forward.module)
-    setattr(torch.autograd, _NAME, _audited)
+    # A replica is gone by the time an error wants to name its parameters.
+    named = forward if forward.replica is None else forward.replica.origin
+    with _arming:
+        _due[id(schedule)] = weakref.ref(schedule, gone), weakref.ref(scaler), weakref.ref(named.module)
+        setattr(torch.autograd, _NAME, _audited)
 
 
 def dismiss(schedule: Schedule) -> None:
@@ -111,9 +119,10 @@ def dismiss(schedule: Schedule) -> None:
 
 
 def _dismiss(key: int, gone: object = None) -> None:
-    _due.pop(key, None)
-    if not _due and getattr(torch.autograd, _NAME) is _audited:
-        setattr(torch.autograd, _NAME, _real)
+    with _arming:
+        _due.pop(key, None)
+        if not _due and getattr(torch.autograd, _NAME) is _audited:
+            setattr(torch.autograd, _NAME, _real)
 
 
 def _shape(out: Any) -> Any:
@@ -157,7 +166,7 @@ def _as_tuple(tensors: Any) -> tuple[Any, ...]:
     return tuple(tensors or ())
 
 
-def _roots(tensors: Any) -> list[Any]:
+def roots_of(tensors: Any) -> list[Any]:
     nodes = (one.grad_fn if isinstance(one, Tensor) else getattr(one, "node", None) for one in _as_tuple(tensors))
     return [node for node in nodes if node is not None]
 
@@ -183,8 +192,8 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
     Raises:
         ScaleLeakError: naming the parameter or tensor whose gradient would be wrong.
     """
-    wanted = {_roots(one)[0]: one for one in _as_tuple(inputs) if _roots(one)}
-    todo: list[tuple[Any, Stack]] = [(node, ()) for node in _roots(roots)]
+    wanted = {roots_of(one)[0]: one for one in _as_tuple(inputs) if roots_of(one)}
+    todo: list[tuple[Any, Stack]] = [(node, ()) for node in roots_of(roots)]
     seen: set[tuple[Any, tuple[int, ...]]] = set()
     met: set[Scaler] = set()
     lent = {
@@ -196,7 +205,7 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
         if key in seen:
             continue
         seen.add(key)
-        if inside and node in wanted and crossing(node) not in _GOES_OUT:
+        if inside and node in wanted and crossing(node) not in GOES_OUT:
             what = "is inside forward, where gradients are scaled, and was asked for"
             raise _leak(_tensor(wanted[node]), what, modules)
         after = _cross(node, inside, modules, met)
@@ -252,7 +261,7 @@ def _cross(node: Any, inside: Stack, modules: list[Any], met: set[Scaler]) -> St
     border: Border = node.border
     met.add(border.scaler)
     around = inside[-1] if inside else None
-    if kind in _GOES_IN:
+    if kind in GOES_IN:
         if kind is Leave and border.outer is not around:
             raise _leak(None, "left one forward and was used in another without crossing its border", modules)
         return (*inside, border)
@@ -288,30 +297,3 @@ def _label(tensor: Tensor | None, modules: list[Any]) -> str:
                     label = module_label(known.name, module) if named else repr(type(module).__name__)
                     return f"parameter {name!r} of module {label}"
     return f"a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} that is no parameter of the model"
-
-
-def borders_below(tensor: Tensor) -> tuple[list[Border], bool]:
-    """The innermost borders that a tensor is inside of, found where its graph crosses them.
-
-    Returns:
-        The borders, and whether a part of the graph is outside all of them.
-    """
-    found: dict[int, Border] = {}
-    outside = False
-    todo, seen = _roots(tensor), set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        kind = crossing(node)
-        if kind is None:
-            todo += [below for below, _ in node.next_functions if below is not None]
-            continue
-        border: Border = node.border
-        around = border.outer if kind in _GOES_IN else border
-        if around is None:
-            outside = True
-        else:
-            found[id(around)] = around
-    return list(found.values()), outside

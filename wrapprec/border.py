@@ -6,6 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,21 +21,40 @@ if TYPE_CHECKING:
     from wrapprec.recompute import Extent
 
 _MOST_BACKWARDS = 4096
-"""How many backwards that raised are remembered: those never say that they ended. Task ids are not used twice."""
+"""How many backwards that raised on threads of the engine are remembered. Task ids are not used twice."""
 
-_backwards: dict[int, weakref.WeakSet[Scaler]] = {}
+running: dict[int, weakref.WeakSet[Scaler]] = {}
 """The scales that take part in the running backwards, by graph task."""
+
+_threads: dict[int, int] = {}
+"""The threads on which they first came inside."""
 
 
 def _remember(by_task: dict[int, Any], task: int, make: Callable[[], Any]) -> Any:
     """The entry of a running backward, made at its first crossing and dropped when it ends."""
     if task not in by_task:
         while len(by_task) >= _MOST_BACKWARDS:
-            by_task.pop(next(iter(by_task)), None)
+            _ended(by_task, next(iter(by_task)))
         by_task[task] = make()
+        _threads[task] = get_ident()
         if task != -1:
-            Variable._execution_engine.queue_callback(functools.partial(by_task.pop, task, None))
+            Variable._execution_engine.queue_callback(functools.partial(_ended, by_task, task))
     return by_task[task]
+
+
+def _ended(by_task: dict[int, Any], task: int) -> None:
+    by_task.pop(task, None)
+    _threads.pop(task, None)
+
+
+def forget_raised() -> None:
+    """Forget the backwards of this thread, which is in none now: those that raised never said that they ended."""
+    here = get_ident()
+    for task, began_on in list(_threads.items()):
+        if began_on == here:
+            for scaler in running.get(task, ()):
+                scaler.borders.pop(task, None)
+            _ended(running, task)
 
 
 class Border:
@@ -61,6 +81,12 @@ class Border:
             with levels.plain():
                 self.total = self.scale * outer.total.to(self.scale.device)
 
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """What the gradients of lent weights are multiplied by."""
+        with levels.plain():
+            return self.total.reciprocal()
+
     def again(self, extent: Extent) -> Border:
         """The same border, for the scope of a recomputation."""
         border = copy.copy(self)
@@ -73,7 +99,7 @@ class Border:
         if self.at_begin is not None and task != self.scaler.task:
             self.at_begin()
         with levels.plain():
-            self.scaler.begin(task, _remember(_backwards, task, weakref.WeakSet))
+            self.scaler.begin(task, _remember(running, task, weakref.WeakSet))
         _remember(self.scaler.borders, task, dict)[id(self)] = self
 
     def leave_backward(self, what: str) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+
+_recording = threading.RLock()
+"""Held for a record: backwards on several threads, and one backward's threads for several devices, may meet in it."""
 
 Owner = Any
 """Whoever steps a parameter: compared by identity."""
@@ -24,7 +30,9 @@ class Bucket:
     """
 
     def __init__(self, owners: tuple[Owner, ...], multi_tensor: bool, device: torch.device | None) -> None:
-        self.owners = owners
+        # A graph that a module keeps (an auxiliary loss) holds the bucket: through its owners it would hold the model,
+        # in a cycle that the garbage collector does not see.
+        self._owners = tuple(weakref.ref(owner) for owner in owners)
         self.multi_tensor = multi_tensor
         # 1.0 when backward saw inf or nan. One tensor for the bucket's life: compiled graphs write it in place.
         self.found = None if device is None else torch.zeros((), dtype=torch.float32, device=device)
@@ -32,12 +40,17 @@ class Bucket:
         self._reset()
 
     def _reset(self) -> None:
-        self.task = -1
+        self.tasks: set[int] = set()
         # A gradient as the last backward left it.
         self.left: tuple[int, int] | None = None
         self.params: list[Tensor] = []
         self.versions: list[int] = []
         self.consumed: set[int] = set()
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """Who steps these parameters, of those that are left."""
+        return tuple(owner for owner in (ref() for ref in self._owners) if owner is not None)
 
     def forget(self) -> None:
         """Nothing is recorded: gradients were zeroed, or every owner has stepped."""
@@ -46,26 +59,39 @@ class Bucket:
         self.pending = False
         self._reset()
 
-    def record(self, flags: list[Tensor], params: list[Tensor], seen: Tensor) -> None:
+    def record(self, flags: list[Tensor], params: list[Tensor], seen: Tensor, running: Container[int] = ()) -> None:
         """Keep what backward saw in the gradients of `params`, for the step and, in `seen`, for the scale.
 
         Gradients that arrive where none are (``p.grad is None``) start afresh: the user dropped the earlier ones. So do
         those that arrive where all are zero, if somebody wrote into them since the last backward. Two arrivals within
-        one backward belong together, since autograd accumulates only after the last.
+        one backward belong together, since autograd accumulates only after the last; and so do those of backwards that
+        run at the same time.
+
+        Args:
+            flags: 1.0 where there was inf or nan.
+            params: whose gradients came.
+            seen: of the scale.
+            running: the graph tasks of the backwards that have not ended.
         """
+        with _recording:
+            self._record(flags, params, seen, running)
+
+    def _record(self, flags: list[Tensor], params: list[Tensor], seen: Tensor, running: Container[int]) -> None:
         assert self.found is not None
         task = torch._C._current_graph_task_id()
         leaves = [p for p in params if p.is_leaf]
         # All that the bucket knows of: a second loss may reach other parameters of it than the first did.
         concerned = self.params + leaves
-        if task != self.task and concerned and all(p.grad is None for p in concerned):
-            self.forget()
-        if task != self.task:
-            if self.pending and self.left is not None and self.left != self._first_gradient():
+        # Another thread's backward, or the one around this, may have yet to accumulate.
+        waiting = any(other in running for other in self.tasks)
+        if task not in self.tasks:
+            if not waiting and concerned and all(p.grad is None for p in concerned):
+                self.forget()
+            if not waiting and self.pending and self.left is not None and self.left != self._first_gradient():
                 self.found.mul_(_not_all_zero(self.params, self.found.device))
             if task != -1:
                 Variable._execution_engine.queue_callback(self._leave_backward)
-        self.task = task
+        self.tasks = {other for other in self.tasks if other in running} | {task}
         self.pending = True
         for flag in flags:
             here = flag if flag.device == self.found.device else flag.to(self.found.device, non_blocking=True)

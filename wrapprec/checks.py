@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wrapprec import levels
+from wrapprec.border import forget_raised
 from wrapprec.bucket import Bucket
 from wrapprec.dtypes import LOW, name
 from wrapprec.errors import ModelChangedError, StepError, WrapprecWarning, message, module_label
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
+    from wrapprec.scale import Scaler
     from wrapprec.state import Shared
+
+
+def check_backwards(shared: Shared, scaler: Scaler) -> None:
+    """Look, before a forward that trains, at what the backwards before have left.
+
+    Raises:
+        StepError: see `check_pending`.
+    """
+    forget_raised()
+    with levels.plain():
+        check_pending(shared)
+        if scaler.touched and not any(owner.alive for owner in shared.owners):
+            scaler.settle()
 
 
 def check_pending(shared: Shared) -> None:

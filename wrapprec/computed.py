@@ -76,9 +76,10 @@ class Computed:
                 continue
             dtype = None if weight.dtype is forward.lend_dtype else forward.lend_dtype
             node = weight.grad_fn
-            outside = node is None or node._sequence_nr() < scope.extent.first
+            # On a replica of nn.DataParallel that is called inside, the hook has found what was lent.
+            outside = not scope.joins and (node is None or node._sequence_nr() < scope.extent.first)
             if self.border is not None and levels.requires_grad(weight) and outside:
-                bucket = scope.bucket(forward, key, forward.tree())
+                bucket = scope.shared.bucket_of(forward, key, forward.tree())
                 self._replace(forward.module, name, Lend.apply(self.border, bucket, (dtype,), weight)[0])
             elif dtype is not None:
                 self._replace(forward.module, name, weight.to(dtype))

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from wrapprec.errors import ModelChangedError, message, module_label
-
 if TYPE_CHECKING:
     from wrapprec.region import Forward
 
@@ -24,22 +22,11 @@ def called_on(forward: Forward, depth: int) -> nn.Module:
         depth: how many frames above the caller of this function the call was made.
 
     Returns:
-        The Forward's own module, or the shallow copy (``copy.copy(module)``) that was called.
-
-    Raises:
-        ModelChangedError: the copy is a replica of nn.DataParallel.
+        The Forward's own module, or the shallow copy (``copy.copy(module)``, a replica of nn.DataParallel) that was
+        called.
     """
     frame = sys._getframe(depth + 1)
     module: Any = frame.f_locals.get("self") if frame.f_code.co_name in _CALLERS else None
     if not isinstance(module, nn.Module) or module is forward.module or module.__dict__.get("forward") is not forward:
         return forward.module
-    if getattr(module, "_is_replica", False):
-        raise ModelChangedError(
-            message(
-                "one process for each device",
-                "a replica made by nn.DataParallel, whose weights are no parameters any more",
-                where=module_label(forward.name, module),
-                remedy="use torch.nn.parallel.DistributedDataParallel, or unwrap before nn.DataParallel",
-            )
-        )
     return module

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wrapprec import levels
 from wrapprec.cast import map_tensors, mend, tensors_in
+from wrapprec.lent import FORMER
 
 _CONTAINERS = (list, tuple, dict, set)
 _ATOMS = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
@@ -17,6 +18,7 @@ _SKIPPED = frozenset(_ATOMS)
 _PLAIN = (Tensor, nn.Module, *_ATOMS)
 _NOT_SEARCHED = frozenset(nn.Module().__dict__) | {
     "forward",
+    FORMER,
     "_flat_weights",
     "_flat_weight_refs",
     "_flat_weights_names",
@@ -108,7 +110,7 @@ def mend_attributes(
     """
     own = module.__dict__
     holders = []
-    for key in own.keys() - _NOT_SEARCHED:
+    for key in own.keys() - _NOT_SEARCHED - own.get(FORMER, {}).keys():
         value = own[key]
         if type(value) in _SKIPPED or isinstance(value, _ATOMS):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -25,6 +26,9 @@ from wrapprec.step import Stepper, inner_optimizers
 from wrapprec.undo import UndoStack
 
 T = TypeVar("T")
+
+_freezing = threading.Lock()
+"""Held while `frozen()` is entered or left: contexts on several threads end in any order."""
 
 
 class Handle:
@@ -216,17 +220,22 @@ class Handle:
     def frozen(self) -> Iterator[None]:
         """Cast the weights once, for generation and evaluation: gradients are off inside, as under torch.no_grad.
 
-        Parameters and `state_dict` stay float32; weights that change inside are seen after leaving.
+        Parameters and `state_dict` stay float32; weights that change inside are seen once every thread has left.
         """
-        outer = [model.frozen for model in self._models]
-        for model in self._models:
-            model.frozen = {} if model.frozen is None else model.frozen
+        models = list(self._models)
+        with _freezing:
+            for model in models:
+                model.freezers += 1
+                model.frozen = {} if model.frozen is None else model.frozen
         try:
             with torch.no_grad():
                 yield
         finally:
-            for model, before in zip(self._models, outer, strict=True):
-                model.frozen = before
+            with _freezing:
+                for model in models:
+                    model.freezers -= 1
+                    if model.freezers == 0:
+                        model.frozen = None
 
     # The way back
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -43,6 +44,10 @@ def _is_cast_by_autocast(module: nn.Module) -> bool:
 
 
 Regions = dict[tuple[Precision, Activations], Region]
+
+_changing = threading.RLock()
+"""Held while a changed model is taken up, so that two threads do not do it at once."""
+
 
 _said: set[str] = set()
 """Advice that was given in this process: once is enough, the plan repeats it."""
@@ -94,6 +99,11 @@ def refresh(forward: Forward) -> None:
     Raises:
         PolicyError: the policy does not fit the changed model.
     """
+    with _changing:
+        _refresh(forward)
+
+
+def _refresh(forward: Forward) -> None:
     shared = forward.shared
     root = None if shared.root is None else shared.root()
     # A shallow copy of the whole model has the name of the root, and may have other submodules.

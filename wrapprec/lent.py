@@ -21,7 +21,14 @@ _installing = threading.Lock()
 rnn_turn = threading.RLock()
 """Held while an RNN runs: it keeps its weights, which differ from thread to thread, in attributes of the module."""
 
+joining = threading.RLock()
+"""Held while a weight gets its first node in a graph. Torch takes a lock of the weight for that: a Function while it
+has the interpreter, an operation without it, which it may then want. Two threads, one at each, wait for ever."""
+
 _RNN_ATTRIBUTES = ("_flat_weights", "_flat_weight_refs")
+
+FORMER = "_former_parameters"
+"""Where a replica of nn.DataParallel, which has no parameters, keeps its weights; they are attributes, too."""
 
 Weights = dict[str, Any]
 
@@ -161,8 +168,18 @@ class Lent(dict[str, Any]):
 
 def originals(module: nn.Module) -> dict[str, Any]:
     """The module's own parameters by name, whatever is lent."""
-    params: dict[str, Any] = module.__dict__["_parameters"]
+    own = module.__dict__
+    params: dict[str, Any] = own.get(FORMER) or own["_parameters"]
     return params.base() if isinstance(params, Lent) else params
+
+
+def freeze(cache: dict[Any, Any], param: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A parameter, cast once for as long as the cache lives."""
+    assert dtype is not None
+    if (id(param), dtype) not in cache:
+        cache[id(param), dtype] = param, param.detach().to(dtype)
+    frozen: Tensor = cache[id(param), dtype][1]
+    return frozen
 
 
 def lend(module: nn.Module, weights: Weights) -> None:
@@ -172,6 +189,11 @@ def lend(module: nn.Module, weights: Weights) -> None:
         module: the module.
         weights: tensors by parameter name.
     """
+    if FORMER in module.__dict__:
+        # One thread's own, and plain attributes, which have to be made at once.
+        for name, weight in weights.items():
+            module.__dict__[name] = weight.make() if type(weight) is Later else weight
+        return
     with _installing:
         params = module.__dict__["_parameters"]
         if not isinstance(params, Lent):
@@ -181,6 +203,9 @@ def lend(module: nn.Module, weights: Weights) -> None:
 
 def take_back(module: nn.Module, weights: Weights) -> None:
     """Undo `lend`; the last thread to do so puts the module's own dict back. A second call does nothing."""
+    if FORMER in module.__dict__:
+        module.__dict__.update({name: module.__dict__[FORMER][name] for name in weights})
+        return
     with _installing:
         params = module.__dict__["_parameters"]
         if not isinstance(params, Lent):

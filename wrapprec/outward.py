@@ -30,7 +30,7 @@ def cross_out(tensor: Tensor, border: Border, start: int, strict: bool = False) 
     above = young if tensor._base is None else [*young, tensor._base.grad_fn]
     if any(audit.crossing(node) is Leave and getattr(node, "border", None) is border for node in above):
         return tensor
-    if strict and not any(below is border for below in audit.borders_below(tensor)[0]):
+    if strict and not any(below is border for below in borders_below(tensor)[0]):
         return tensor
     # In float16 the true gradient would underflow before it is scaled.
     wide = tensor.float() if tensor.dtype is torch.float16 else tensor
@@ -73,7 +73,7 @@ def leave(tensor: Tensor) -> Tensor:
 
 def _leave_behind(tensor: Tensor) -> Tensor:
     """`leave` after forward: the graph tells the border."""
-    borders, crossed = audit.borders_below(tensor)
+    borders, crossed = borders_below(tensor)
     factors = [border for i, border in enumerate(borders) if not any(border.same_factor(b) for b in borders[:i])]
     if len(factors) > 1 or (factors and crossed):
         raise ScaleLeakError(
@@ -88,3 +88,30 @@ def _leave_behind(tensor: Tensor) -> Tensor:
         tensor = Leave.apply(tensor.float() if tensor.dtype is torch.float16 else tensor, border)
         border = border.outer
     return tensor
+
+
+def borders_below(tensor: Tensor) -> tuple[list[Border], bool]:
+    """The innermost borders that a tensor is inside of, found where its graph crosses them.
+
+    Returns:
+        The borders, and whether a part of the graph is outside all of them.
+    """
+    found: dict[int, Border] = {}
+    outside = False
+    todo, seen = audit.roots_of(tensor), set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = audit.crossing(node)
+        if kind is None:
+            todo += [below for below, _ in node.next_functions if below is not None]
+            continue
+        border: Border = node.border
+        around = border.outer if kind in audit.GOES_IN else border
+        if around is None:
+            outside = True
+        else:
+            found[id(around)] = around
+    return list(found.values()), outside

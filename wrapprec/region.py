@@ -8,8 +8,6 @@ recomputation and under torch.compile alike, and its ``finally`` runs for every 
 from __future__ import annotations
 
 import contextlib
-import copy
-import threading
 import weakref
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import nn
 from wrapprec import again, levels, traced
 from wrapprec.capture import Recorded, has_no_backward, is_symbolic
 from wrapprec.cast import cast_tree, lower
-from wrapprec.checks import check_dtype, check_pending, warn_of_autocast, warn_of_hooks
+from wrapprec.checks import check_backwards, check_dtype, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
@@ -28,15 +26,13 @@ from wrapprec.modes import cache_is_sound
 from wrapprec.operands import apart
 from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
+from wrapprec.replicas import Replica, is_replica, replicated
 from wrapprec.scope import Scope
 from wrapprec.standin import StandIn, forward_of
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
 
 _NOTHING = contextlib.nullcontext()
-
-_changing = threading.RLock()
-"""Held while a changed model is taken up, so that two threads do not do it at once."""
 
 
 class Region:
@@ -108,6 +104,7 @@ class Forward(Recorded, StandIn):
         buckets: which bucket each of its parameters is lent in.
         computed: which of its parameters hooks compute which weights from.
         runner: how its original forward is run; None for a plain call.
+        replica: what is known besides where the module is a replica of nn.DataParallel.
     """
 
     region: Region | None
@@ -119,6 +116,7 @@ class Forward(Recorded, StandIn):
     sparse: bool
     runner: Any
     compiled: bool
+    replica: Replica | None = None
 
     def __init__(self, module: nn.Module, shared: Shared, name: str, replaced: Any) -> None:
         self.module = module
@@ -159,7 +157,8 @@ class Forward(Recorded, StandIn):
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         called = called_on(self, depth=2)
-        if called is not self.module:
+        copied = called is not self.module
+        if copied and not is_replica(called):
             return self.move_to(called)(*args, **kwargs)
         if is_symbolic():
             return self._call(args, kwargs)
@@ -171,9 +170,14 @@ class Forward(Recorded, StandIn):
         part_of = recomputed(self, thread.scope) if in_backward else None
         if part_of is None:
             remember_frame(self.shared)
-            if not in_backward and thread.scope is None:
+            if not in_backward and thread.scope is None and not copied:
                 warn_of_autocast(self)
-        scope = Scope(self, part_of)
+        if not copied:
+            return self._run(Scope(self, part_of), args, kwargs)
+        with replicated(self, called, (args, kwargs)) as (mine, around):
+            return mine._run(Scope(mine, part_of, joined=around), args, kwargs)
+
+    def _run(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             thread.scope = scope
             again.enter(scope)
@@ -198,7 +202,7 @@ class Forward(Recorded, StandIn):
             region = self.wide if levels.any_running() or torch._C._get_tracing_state() is not None else around
         crosses = region is not around
         casts = None
-        if region is not None and region.casts and (crosses or (region.by_module and self.module._parameters)):
+        if region is not None and region.casts and (crosses or (region.by_module and self._owns())):
             casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
         if not crosses or region is None:
@@ -215,6 +219,9 @@ class Forward(Recorded, StandIn):
         if casts is not None and casts.tensors:
             casts.bring_back(module_label(self.name, self.module))
         return out
+
+    def _owns(self) -> bool:
+        return bool(self.module._parameters) if self.replica is None else self.replica.owns
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -236,10 +243,16 @@ class Forward(Recorded, StandIn):
     def tree(self) -> list[Forward]:
         """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
         if not self._tree:
-            self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in _walk(self)]
-            self._forwards = [forward for forward, _, _ in self._tree]
+            found = []
+            for module in self.module.modules():
+                own = forward_of(module)
+                if isinstance(own, Forward) and own.shared is self.shared:
+                    found.append(own if own.module is module else own.move_to(module))
+            self._forwards = found
             below = self.module.modules()
             self._complete = all(isinstance(forward_of(module), Forward) for module in below)
+            # Last: it tells other threads that the rest is there.
+            self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in found]
         return self._forwards
 
     def move_to(self, module: nn.Module) -> Forward:
@@ -275,32 +288,12 @@ class Forward(Recorded, StandIn):
                     if problem is not None:
                         raise ModelChangedError(problem)
         if stale or device not in (None, shared.device):
-            with _changing:
-                shared.refresh(self)
+            shared.refresh(self)
         for owner in shared.owners:
             owner.owned()  # Buckets are made anew for parameters that `add_param_group` brought since.
         if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
             warn_of_hooks(self)
-            with levels.plain():
-                check_pending(shared)
-                if shared.scaler.touched and not any(owner.alive for owner in shared.owners):
-                    shared.scaler.settle()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        for key, value in self.__getstate__().items():
-            setattr(new, key, copy.deepcopy(value, memo))
-        return new
+            check_backwards(shared, shared.scaler)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tree": [], "_forwards": [], "buckets": {}}
-
-
-def _walk(forward: Forward) -> list[Forward]:
-    found = []
-    for module in forward.module.modules():
-        own = forward_of(module)
-        if isinstance(own, Forward) and own.shared is forward.shared:
-            found.append(own if own.module is module else own.move_to(module))
-    return found

@@ -165,6 +165,8 @@ class Scaler:
     def settle(self) -> None:
         """Count a backward where no optimizer will ever step: back off for its overflow, or count it as good."""
         if self.touched:
+            # At once, for other threads that settle.
+            self.touched = False
             self.update(self.seen, torch.zeros_like(self.seen))
 
     def owe(self, found: Tensor) -> None:

@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from wrapprec import audit, levels
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Inward, Lend, Recompute
-from wrapprec.bucket import Bucket
 from wrapprec.carried import Carried, any_widened, note_widened
 from wrapprec.cast import map_tensors, tensors_in
 from wrapprec.checks import check_inputs, check_weights, version_of
@@ -24,12 +23,11 @@ from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
-from wrapprec.lent import Awaited, Later, Weights, lend, originals, take_back
+from wrapprec.lent import Awaited, Later, Weights, freeze, joining, lend, originals, take_back
 from wrapprec.modes import Modes
 from wrapprec.outward import cross_out
 from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
-from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -48,13 +46,18 @@ class Scope:
         part_of: the extent of the earlier scope of whose inside this is a recomputed, checkpointed block; None for a
             scope of its own.
         known: the border of that earlier scope, where it is known.
+        joined: the border of the scope, open on another thread, of which this one is a part: nn.DataParallel is wrapped
+            and calls its replicas.
     """
 
-    def __init__(self, opener: Forward, part_of: Extent | None, known: Border | None = None) -> None:
+    def __init__(
+        self, opener: Forward, part_of: Extent | None, known: Border | None = None, joined: Border | None = None
+    ) -> None:
         self.opener = opener
         self.shared = opener.shared
         self.outer = thread.scope
-        self.recomputes = part_of is not None
+        self.joins = joined is not None
+        self.recomputes = part_of is not None or self.joins
         # The region in force; None until the first is entered.
         self.region: Any = None
         # The mode that mends operations of the module that is running.
@@ -65,6 +68,8 @@ class Scope:
         # Weights lent as copies, and their versions: forward must not write into them.
         self.copies: list[tuple[Forward, str, Tensor, int]] = []
         self.inputs: list[tuple[Tensor, Tensor, int]] = []
+        # Inputs made on other threads, whose nodes are numbered otherwise: they only look as if they were made inside.
+        self.foreign: dict[int, Tensor] = {}
         self.extent = Extent()
         self.grad = torch.is_grad_enabled()
         self.modes = Modes()
@@ -75,6 +80,7 @@ class Scope:
         # A leaf that a forward hook makes by requires_grad_(): what it was given is looked at soon after.
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
+        known = known or joined
         self.border = self._border(part_of) if known is None else known.again(self.extent)
         self.computed = Computed(self.shared, self.border)
 
@@ -100,6 +106,7 @@ class Scope:
         frozen = self.shared.frozen if not torch.is_grad_enabled() else None
         groups: dict[int, list[Entry]] = {}
         compiled: set[int] = set()
+        replicas: list[Loan] = []
         for forward in tree:
             if id(forward) in self.done or id(forward) in compiled:
                 continue
@@ -111,7 +118,8 @@ class Scope:
             self.done.add(id(forward))
             made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
             weights: Weights = {}
-            for key, param in originals(forward.module).items():
+            replica = forward.replica
+            for key, param in (originals(forward.module) if replica is None else replica.params).items():
                 if param is None:
                     continue
                 if is_lazy(param):
@@ -127,19 +135,24 @@ class Scope:
                 entry = forward, key, param, dtype
                 if param.is_meta:
                     weights[key] = Awaited(dtype)
-                elif frozen is not None:
-                    weights[key] = self._freeze(frozen, param, dtype)
+                elif frozen is not None and replica is None:
+                    weights[key] = freeze(frozen, param, dtype)
                 elif not border and not (param.requires_grad and (forward.multi_tensor or forward.sparse)):
                     weights[key] = Later(functools.partial(self._lend_one, entry))
                 else:
-                    bucket = self.bucket(forward, key, tree)
+                    bucket = self.shared.bucket_of(forward, key, tree)
                     group = groups.setdefault(id(bucket), [])
                     group.append(entry)
                     weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
             if weights:
                 # Noted first, so that an interrupt in between leaves nothing lent.
                 self.loans.append((forward.module, weights))
-                lend(forward.module, weights)
+                if replica is None:
+                    lend(forward.module, weights)
+                else:
+                    replicas.append(self.loans[-1])
+        for module, weights in replicas:
+            lend(module, weights)
 
     def _differentiates(self, tensor: Tensor) -> bool:
         """Gradients may come back to the tensor; to tangents, which do not show, whatever comes in."""
@@ -152,41 +165,27 @@ class Scope:
         made = self.memo.get((id(param), dtype))
         if made is None:
             assert dtype is not None
-            with self.modes.restore():
+            with self.modes.restore(), joining:
                 made = self.memo[id(param), dtype] = param.to(dtype)
             self.copies.append((forward, key, made, version_of(made)))
         return made
 
-    def _lend_bucket(self, bucket: Bucket, entries: list[Entry], wanted: Entry) -> Tensor:
+    def _lend_bucket(self, bucket: Any, entries: list[Entry], wanted: Entry) -> Tensor:
+        known = self.memo.get((id(wanted[2]), wanted[3]))
+        if known is not None:
+            return known
         fresh = {(id(p), d): (p, d) for _, _, p, d in entries if (id(p), d) not in self.memo}
-        if fresh:
-            with self.modes.restore():
-                dtypes = tuple(d for _, d in fresh.values())
-                made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
-            self.memo.update(zip(fresh, made, strict=True))
-            for forward, key, param, dtype in entries:
-                weight = self.memo[id(param), dtype]
-                if dtype is not None:
-                    self.copies.append((forward, key, weight, version_of(weight)))
-                if self.shared.diagnosis is not None:
-                    self.shared.diagnosis.watch_weight(forward.name, key, weight)
+        with self.modes.restore(), joining:
+            dtypes = tuple(d for _, d in fresh.values())
+            made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
+        self.memo.update(zip(fresh, made, strict=True))
+        for forward, key, param, dtype in entries:
+            weight = self.memo[id(param), dtype]
+            if dtype is not None:
+                self.copies.append((forward, key, weight, version_of(weight)))
+            if self.shared.diagnosis is not None:
+                self.shared.diagnosis.watch_weight(forward.name, key, weight)
         return self.memo[id(wanted[2]), wanted[3]]
-
-    def bucket(self, forward: Forward, key: str, tree: list[Forward]) -> Bucket:
-        """The bucket of a parameter; what came since the last partition gets one now."""
-        if key not in forward.buckets:
-            root = None if self.shared.root is None else self.shared.root()
-            self.shared.partition(tree if root is None else forward_of(root).tree())
-            if key not in forward.buckets:
-                self.shared.partition(tree)
-        return forward.buckets[key]  # type: ignore[no-any-return]
-
-    def _freeze(self, cache: dict[Any, Any], param: Tensor, dtype: torch.dtype | None) -> Tensor:
-        assert dtype is not None
-        if (id(param), dtype) not in cache:
-            cache[id(param), dtype] = param, param.detach().to(dtype)
-        frozen: Tensor = cache[id(param), dtype][1]
-        return frozen
 
     def enter(self, forward: Forward, tree: Any) -> Any:
         """Put the border on the inputs that require grad, and on what else comes in."""
@@ -200,14 +199,16 @@ class Scope:
         alone = self.shared.enter_thread()
         self.carried.bring_in_attributes(forward.tree(), alone)
 
-        def cross(tensor: Tensor) -> Tensor:
+        def come_in(tensor: Tensor) -> Tensor:
             if not self._differentiates(tensor):
                 return tensor
+            if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self.extent.first:
+                self.foreign[id(tensor)] = tensor
             inside: Tensor = Enter.apply(tensor, border)
             self.inputs.append((tensor, inside, inside._version))
             return inside
 
-        return map_tensors(cross, tree)
+        return map_tensors(come_in, tree)
 
     def enter_again(self) -> None:
         """Put the border on what stands in attributes of the modules, for a recomputation that uses it again."""
@@ -229,10 +230,12 @@ class Scope:
         if border is None or scaler is None or carried is None:
             return out
         check_inputs(self.inputs, forward)
-        start, strict, widened = self.extent.first, False, False
+        foreign, start, strict, widened = self.foreign, self.extent.first, False, False
 
         def go_out(tensor: Tensor) -> Tensor:
             nonlocal widened
+            if id(tensor) in foreign:
+                return tensor
             left = cross_out(carried.original(tensor), border, start, strict)
             widened = widened or left.dtype is not tensor.dtype
             return left
@@ -253,8 +256,8 @@ class Scope:
                 known = self.shared.holders.setdefault(below.name, set())
                 doubtful = doubtful or not known.issuperset(holders)
                 known.update(holders)
-        schedule = self.shared.schedule
         inner = (below.module for below in forward.tree() if below is not forward)
+        schedule = self.shared.schedule
         audit.prepare(schedule, scaler, forward, out, schedule.has_new_hooks(inner) or doubtful)
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,13 @@ class StandIn:
 
     replaced: Any
     original: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for key, value in self.__getstate__().items():  # type: ignore[attr-defined]  # from Python 3.11 on, of all
+            setattr(new, key, copy.deepcopy(value, memo))
+        return new
 
 
 def place_of(module: nn.Module) -> str:

@@ -65,6 +65,8 @@ class Shared:
         self.be_patient()
         # Weights cast once, by parameter and dtype, while `handle.frozen()` is on.
         self.frozen: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+        # How many such contexts are open, on all threads.
+        self.freezers = 0
         self.warned: set[str] = set()
         # What `parametrize.cached()` keeps inside: its cache outside, the scale, and the cache.
         self.cache: Any = None
@@ -126,9 +128,8 @@ class Shared:
         device = None if self.scaler is None else self.scaler.device
         owned = [(owner, owner.owned()) for owner in self.owners if owner.alive]
         open_buckets: dict[tuple[int, ...], tuple[Bucket, int]] = {}
-        self.retired = [bucket for bucket in self.retired if bucket.pending] + self.buckets
-        self.buckets = []
-        self.ids = set()
+        made: list[Bucket] = []
+        known: set[int] = set()
         for forward in tree:
             buckets: dict[str, Bucket] = {}
             if lending.bucket_elements == 0:
@@ -136,17 +137,31 @@ class Shared:
             for name, param in originals(forward.module).items():
                 if param is None:
                     continue
-                self.ids.add(id(param))
+                known.add(id(param))
                 owners = tuple(owner for owner, ids in owned if id(param) in ids)
                 key = tuple(id(owner) for owner in owners)
                 bucket, size = open_buckets.get(key, (None, 0))
                 if bucket is None or size > lending.bucket_elements > 0:
                     bucket, size = Bucket(owners, lending.multi_tensor, device), 0
-                    self.buckets.append(bucket)
+                    made.append(bucket)
                 buckets[name] = bucket
                 open_buckets[key] = bucket, size + _elements(param)
-            # At once: another thread may be lending.
+            # At once: another thread may be lending, or judging a step.
             forward.buckets = buckets
+        retired = [bucket for bucket in self.retired if bucket.pending]
+        self.retired, self.buckets, self.ids = retired + self.buckets, made, known
+
+    def bucket_of(self, forward: Forward, key: str, tree: list[Forward]) -> Any:
+        """The bucket of a parameter of a module of `tree`; what came since the last partition gets one now."""
+        if forward.replica is not None:
+            origin = forward.replica.origin
+            return forward.replica.record(self.bucket_of(origin, key, origin.tree()))
+        if key not in forward.buckets:
+            root = None if self.root is None else self.root()
+            self.partition(tree if root is None else forward_of(root).tree())
+            if key not in forward.buckets:
+                self.partition(tree)
+        return forward.buckets[key]
 
     def pending(self) -> list[Bucket]:
         """The buckets whose gradients came back since they were last stepped or zeroed.
@@ -168,6 +183,7 @@ class Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         lists: dict[str, Any] = {"owners": [], "buckets": [], "retired": [], "ids": set(), "threads": {}}
+        lists["freezers"] = 0
         return {**self.__dict__, **lists, **dict.fromkeys(_NOT_COPIED)}
 
 

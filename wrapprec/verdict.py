@@ -41,7 +41,8 @@ def judge(optimizer: Optimizer, owner: Any, models: list[Shared], all_models: li
     at_step = [non_finite(grads, device) for grads in parts]
     records = []
     for model in models:
-        flags = [b.found.to(device) for b in model.buckets if b.counts_for(owner) and b.found is not None]
+        held = [b for b in (*model.buckets, *model.retired) if b.counts_for(owner)]
+        flags = [b.found.to(device) for b in held if b.found is not None]
         records.append(torch.stack(flags).amax() if flags else torch.zeros((), dtype=torch.float32, device=device))
     numbers = torch.stack([*at_step, *records])
     touched: dict[int, Tensor] = {}
