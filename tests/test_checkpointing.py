@@ -318,6 +318,28 @@ def test_weights_used_directly_in_a_checkpointed_function_get_true_gradients(pol
 
 
 @each_policy
+@each_kind
+def test_plain_tensor_on_the_module_used_in_a_checkpointed_function_gets_its_true_gradient(
+    policy: str, reentrant: bool
+) -> None:
+    class Prompted(Direct):
+        def __init__(self, how: str) -> None:
+            super().__init__(how)
+            self.prompt = torch.randn(8).requires_grad_()
+
+        def part(self, x: Tensor) -> Tensor:
+            return super().part(x) + self.prompt.to(x.dtype)
+
+    results = []
+    for how in ("plain", "re" if reentrant else "not"):
+        model = Prompted(how)
+        if how != "plain":
+            wrapprec.wrap(model, policy=policy)
+        results.append({**one(model), "prompt": model.prompt.grad})
+    assert_same(results[1], results[0], policy)
+
+
+@each_policy
 @pytest.mark.parametrize("outer", [True, False])
 @pytest.mark.parametrize("inner", [True, False])
 def test_whole_model_in_nested_checkpoints_has_true_gradients(policy: str, outer: bool, inner: bool) -> None:

@@ -29,6 +29,11 @@ TOLERANCE = {"16": 0.015, "bf": 0.06}
 Gradients = dict[str, Tensor]
 
 
+def skip_where_parts_run_in_pieces(policy: str) -> None:
+    if torch.__version__ < (2, 13) and policy.startswith("16"):
+        pytest.skip("before torch 2.13 no part lends in its graph under a loss scale")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
@@ -214,6 +219,8 @@ def test_reduce_overhead_is_accepted_on_a_cpu(policy: str) -> None:
 @each_policy
 @pytest.mark.parametrize("whole", [True, False])
 def test_checkpoints_inside_a_compiled_model_have_true_gradients(policy: str, whole: bool) -> None:
+    if not whole:
+        skip_where_parts_run_in_pieces(policy)
     x = tokens_of()
     want = reference(Net, x)
     model = Net(reentrant=False)
@@ -297,6 +304,7 @@ def by_method(block: nn.Module, counter: Any) -> Any:
 @each_policy
 @pytest.mark.parametrize(("how", "when"), [(by_call, "before"), (by_method, "before"), (by_call, "after")])
 def test_compiled_parts_of_an_eager_model_have_true_gradients(policy: str, how: Any, when: str) -> None:
+    skip_where_parts_run_in_pieces(policy)
     x = tokens_of()
     want = reference(Net, x)
     model = Net()
@@ -320,6 +328,7 @@ def test_compiled_parts_of_an_eager_model_have_true_gradients(policy: str, how: 
 @each_policy
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_compiled_parts_have_true_gradients(policy: str, reentrant: bool) -> None:
+    skip_where_parts_run_in_pieces(policy)
     x = tokens_of()
     want = reference(Net, x)
     model = Net(reentrant=reentrant)
@@ -358,6 +367,7 @@ def test_compiled_part_that_is_told_to_run_eagerly_has_true_gradients(policy: st
 
 @scaled_policy
 def test_overflow_in_a_compiled_part_skips_the_step(policy: str) -> None:
+    skip_where_parts_run_in_pieces(policy)
     model = Net()
     model.blocks[0].compile(backend="aot_eager", fullgraph=True)
     optimizer = torch.optim.SGD(model.blocks[0].parameters(), lr=0.1)

@@ -14,6 +14,12 @@ from wrapprec import levels
 
 _NOTHING = contextlib.nullcontext()
 
+graphs_lend = torch.__version__ >= "2.13"  # compared as versions
+"""Whether a compiled part of an eager model may lend its weights under a loss scale.
+
+Its backward writes flags that others have written since its forward. Torch 2.9 takes that for a spoilt saved tensor.
+"""
+
 
 class Modes:
     """What is on when a scope opens."""

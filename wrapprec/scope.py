@@ -24,7 +24,7 @@ from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.lent import Awaited, Later, Weights, freeze, joining, lend, originals, take_back
-from wrapprec.modes import Modes
+from wrapprec.modes import Modes, graphs_lend
 from wrapprec.outward import cross_out
 from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
@@ -107,10 +107,11 @@ class Scope:
         groups: dict[int, list[Entry]] = {}
         compiled: set[int] = set()
         replicas: list[Loan] = []
+        by_graph = self.border is None or graphs_lend
         for forward in tree:
             if id(forward) in self.done or id(forward) in compiled:
                 continue
-            if forward.compiled or forward.module._compiled_call_impl is not None:
+            if by_graph and (forward.compiled or forward.module._compiled_call_impl is not None):
                 # Its graph lends them; where it runs eagerly after all, they are lent when it is called.
                 compiled.update(map(id, forward.tree()))
                 if len(tree) > 1:

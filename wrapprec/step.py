@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from wrapprec.closure import GiveUp, Guard
@@ -127,6 +128,8 @@ class Stepper:
         # `wraps` carries over the mark of a scheduler that was built before.
         @functools.wraps(function_of(optimizer.step))
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return _eagerly(self, optimizer, args, kwargs)
             return self.step(optimizer, args, kwargs)
 
         zero_grad_before = optimizer.__dict__.get("zero_grad")
@@ -263,3 +266,7 @@ class Stepper:
             return self._skip(optimizer, guard.loss)
         self._note(False)
         return out
+
+
+_eagerly: Any = _disable_dynamo(Stepper.step)
+"""What `torch.compile(optimizer.step)` runs: the verdict is no matter for a graph."""
