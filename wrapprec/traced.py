@@ -102,7 +102,8 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return _part(forward, scope, args, kwargs)
     shared = forward.shared
     scaler = shared.scaler if torch.is_grad_enabled() else None
-    if scaler is not None and torch.compiler.is_exporting():
+    # Not is_exporting(): dynamo of torch 2.9 takes that for true whatever it traces for.
+    if scaler is not None and torch.compiler._is_exporting_flag:
         if not torch.onnx.is_in_onnx_export():
             refuse_scale("torch.export", module_label(forward.name, forward.module))
         scaler = None
@@ -234,7 +235,7 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
     if region is None:
         # Other runtimes have no kernels that take the mix. Strict export (torch 2.13) takes the activations within
         # autocast for float32 there, and asserts it.
-        exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        exports = torch.compiler._is_exporting_flag and not torch.compiler.is_dynamo_compiling()
         region = forward.wide if exports else around
     crosses = region is not around
     if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
