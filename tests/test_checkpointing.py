@@ -340,6 +340,33 @@ def test_plain_tensor_on_the_module_used_in_a_checkpointed_function_gets_its_tru
 
 
 @each_policy
+@each_kind
+def test_operands_that_are_mended_in_the_first_run_are_mended_again(policy: str, reentrant: bool) -> None:
+    class Mixes(nn.Module):
+        """Multiplies what a float32 buffer has made float32 with what is low."""
+
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.how = how
+            self.first = nn.Linear(8, 8)
+            self.register_buffer("mask", torch.rand(8))
+
+        def part(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return torch.matmul(hidden * self.mask, hidden.mT) @ hidden
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return x + (self.part(x) if self.how == "plain" else checkpoint(self.part, x, use_reentrant=reentrant))
+
+    want = one(Mixes("plain"))
+    model = Mixes("checkpointed")
+    wrapprec.wrap(model, policy=policy)
+    assert_same(one(model), want, policy)
+
+
+@each_policy
 @pytest.mark.parametrize("outer", [True, False])
 @pytest.mark.parametrize("inner", [True, False])
 def test_whole_model_in_nested_checkpoints_has_true_gradients(policy: str, outer: bool, inner: bool) -> None:

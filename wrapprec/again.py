@@ -53,6 +53,7 @@ class Again:
             self.levels.insert(0, (level.opener, level.border, level.region))
             level = level.outer
         self.island = is_island_open()
+        self.mending = scope.mending
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if thread.scope is not None and thread.scope is self.scope():
@@ -70,8 +71,12 @@ class Again:
                 scope.lend(opener.tree())
                 scope.enter_again()
             enter(opened[0])
-            # Autocast is as it was: `checkpoint` has seen to that.
-            with float32() if self.island else contextlib.nullcontext():
+            # Autocast is as it was: `checkpoint` has seen to that. The modes of ours are not.
+            with contextlib.ExitStack() as modes:
+                if self.mending is not None:
+                    opened[-1].mending = modes.enter_context(self.mending.again())
+                if self.island:
+                    modes.enter_context(float32())
                 out = self.function(*args, **kwargs)
             for scope in reversed(opened):
                 out = scope.leave_again(out)

@@ -72,6 +72,10 @@ class Operands(TorchFunctionMode):
         self.low = low
         self.casts = casts
 
+    def again(self) -> Operands:
+        """The same, for a recomputation."""
+        return Operands(self.low, self.casts)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.casts and func in _PRODUCTS:
