@@ -70,4 +70,4 @@ def _agrees(kind: str, dtype: torch.dtype, autocasts: bool, device: torch.device
         if grad:
             out.float().sum().backward()
     # Outputs lie below one and are rounded at every one of three time steps, as are the sums that they are made of.
-    return bool(((out.float() - true).abs().amax() <= 16 * torch.finfo(dtype).eps).item())
+    return bool(((out.float() - true).abs().max() <= 16 * torch.finfo(dtype).eps).item())
