@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from wrapprec.fills import overfill
 
+pytestmark = pytest.mark.any_device
+
 F16, BF16 = torch.float16, torch.bfloat16
 FAR = -1e20
 

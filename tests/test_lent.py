@@ -14,6 +14,8 @@ from torch.func import functional_call
 
 from wrapprec.lent import Lent, lend, originals, take_back
 
+pytestmark = pytest.mark.any_device
+
 
 @pytest.fixture
 def layer() -> nn.Linear:
