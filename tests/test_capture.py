@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,19 +192,26 @@ def test_onnx_export_records_no_loss_scale_and_no_gradients_to_lose(
     assert norms and all(arg.meta["val"].dtype == torch.float32 for node in norms for arg in node.all_input_nodes)
 
 
+@pytest.mark.parametrize("exporter", ["torch.export", "TorchScript"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_onnx_runs_elsewhere(policy: str) -> None:
-    mine, plain = pair(policy)
-    pytest.importorskip("onnx")
+def test_onnx_runs_elsewhere(policy: str, exporter: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    file = io.BytesIO()
-    torch.onnx.export(mine, (X,), file, dynamo=True, verbose=False)
+    mine, plain = pair(policy)
+    mine.eval()
+    file = str(tmp_path / "model.onnx")
+    torch.onnx.export(mine, (X,), file, dynamo=exporter == "torch.export", verbose=False)
+    exported = onnx.load(file)
+    onnx.checker.check_model(exported)
+    low = onnx.TensorProto.BFLOAT16 if policy.startswith("bf") else onnx.TensorProto.FLOAT16
+    casts = {attr.i for node in exported.graph.node if node.op_type == "Cast" for attr in node.attribute}
+    assert low in casts | {value.data_type for value in exported.graph.initializer}, "computes in low precision"
     if policy.startswith("bf"):
         return  # onnxruntime has no bfloat16 kernels on a CPU
-    session = runtime.InferenceSession(file.getvalue())
+    session = runtime.InferenceSession(file)
     (out,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    close(torch.from_numpy(out), plain(X), policy)
+    close(torch.from_numpy(out), plain(X).detach(), policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -128,6 +128,12 @@ def offloading(blocks: Any, x: Tensor, reentrant: bool) -> Tensor:
     return checkpoint(run, x, use_reentrant=reentrant)
 
 
+def each_in_sequential(blocks: Any, x: Tensor, outer: bool, inner: bool) -> Tensor:
+    parts = [functools.partial(checkpoint, block, use_reentrant=inner) for block in blocks]
+    out: Tensor = checkpoint_sequential(parts, 2, x, use_reentrant=outer)
+    return out
+
+
 WAYS: dict[str, Callable[..., Tensor]] = {
     "each, reentrant": functools.partial(each, reentrant=True),
     "each": functools.partial(each, reentrant=False),
@@ -139,6 +145,8 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "one function": lambda b, x: checkpoint(functools.partial(through, b), x, use_reentrant=False),
     "sequential, reentrant": lambda b, x: checkpoint_sequential(list(b), 2, x, use_reentrant=True),
     "sequential": lambda b, x: checkpoint_sequential(list(b), 2, x, use_reentrant=False),
+    "each in sequential, reentrant": functools.partial(each_in_sequential, outer=True, inner=False),
+    "reentrant each in sequential": functools.partial(each_in_sequential, outer=False, inner=True),
     "selective": functools.partial(selective, saves=saves_products),
     "selective, casts": functools.partial(selective, saves=saves_casts),
     "selective, all": functools.partial(selective, saves=saves_all),
@@ -315,6 +323,87 @@ def test_weights_used_directly_in_a_checkpointed_function_get_true_gradients(pol
     wrapprec.wrap(model, policy=policy)
     assert_same(LOOPS[loop](model), want, policy)
     assert set(model.dtypes) == {LOW[policy]}
+
+
+class Mended(nn.Module):
+    """Checkpoints its own code, in which dtypes mix or float32 is needed: it is mended in both runs or in neither."""
+
+    def __init__(self, what: str, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.what, self.how = what, how
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.weight = nn.Parameter(torch.randn(5, 5) / 3)
+        self.register_buffer("place", torch.rand(6, 5) + 0.5)
+        self.dtypes: list[torch.dtype] = []
+
+    def part(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.down(torch.tanh(self.up(x)))
+        self.dtypes.append(h.dtype)
+        if self.what == "loss":
+            return F.cross_entropy(h, labels, reduction="none")
+        if self.what == "product with a buffer":
+            return torch.matmul(h * self.place, self.weight)
+        if self.what == "raised":
+            return F.linear(h.float(), self.weight)
+        return torch.zeros(5, 5).index_add_(0, labels, torch.matmul(h, self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        labels = torch.tensor([0, 1, 2, 3, 4, 0])
+        if self.how == "plain":
+            return self.part(x, labels)
+        return checkpoint(self.part, x, labels, use_reentrant=self.how == "reentrant")  # type: ignore[no-any-return]
+
+
+class Fills(Mended):
+    """The number past the range is in a method that forward hands on and does not call."""
+
+    def part(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.down(torch.tanh(self.up(x)))
+        self.dtypes.append(h.dtype)
+        scores = (h @ h.mT).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
+        return scores.softmax(-1) @ h
+
+
+@each_policy
+@pytest.mark.parametrize("how", ["reentrant", "not"])
+@pytest.mark.parametrize("what", ["loss", "product with a buffer", "raised", "sum at indices", "fill"])
+def test_own_code_that_is_mended_is_mended_again_in_the_recomputation(policy: str, how: str, what: str) -> None:
+    kind = Fills if what == "fill" else Mended
+    want = one(kind(what, "plain"))
+    model = kind(what, how)
+    wrapprec.wrap(model, policy=policy)
+    got = one(model)
+    assert {name for name, grad in got.items() if grad is None} == ({"weight"} if what in ("loss", "fill") else set())
+    assert_same(*({name: grad for name, grad in g.items() if grad is not None} for g in (got, want)), policy)
+    assert model.dtypes == [F32 if what == "fill" else LOW[policy]] * 2
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+class Recurrent(nn.Module):
+    """A recurrent network under a checkpoint: its list of flat weights is lent again, too."""
+
+    def __init__(self, kind: str, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(16, 4)
+        self.net = getattr(nn, kind)(8, 8, num_layers=2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)[:, None]
+        out = self.net(x) if self.how == "plain" else checkpoint(self.net, x, use_reentrant=self.how == "reentrant")
+        return self.head(out[0])  # type: ignore[no-any-return]
+
+
+@each_policy
+@pytest.mark.parametrize("how", ["reentrant", "not"])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_recurrent_networks_in_checkpoints_have_true_gradients(policy: str, how: str, kind: str) -> None:
+    want = one(Recurrent(kind, "plain"))
+    model = Recurrent(kind, how)
+    wrapprec.wrap(model, policy=policy)
+    assert_same(one(model), want, policy)
 
 
 @each_policy

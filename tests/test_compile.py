@@ -385,14 +385,14 @@ def test_overflow_in_a_compiled_part_skips_the_step(policy: str) -> None:
 
 
 @each_policy
-@pytest.mark.parametrize("part", [True, False])
-def test_frozen_outputs_are_those_of_the_compiled_model(policy: str, part: bool) -> None:
+@pytest.mark.parametrize(("part", "backend"), [(True, "aot_eager"), (False, "aot_eager"), (False, "inductor")])
+def test_frozen_outputs_are_those_of_the_compiled_model(policy: str, part: bool, backend: str) -> None:
     x = tokens_of()
     model = Net()
     if part:
-        model.blocks[0].compile(backend="aot_eager", fullgraph=True)
+        model.blocks[0].compile(backend=backend, fullgraph=True)
     handle = wrap(model, policy=policy)
-    call: Any = model if part else torch.compile(model, backend="aot_eager", fullgraph=True)
+    call: Any = model if part else torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         loose = call(x)
         with handle.frozen():
@@ -433,11 +433,18 @@ def test_compiled_training_step_has_true_gradients(policy: str) -> None:
     assert handle.scale == (2.0**13 if policy.startswith("16") else 1.0)
 
 
-@pytest.mark.parametrize("policy", ["16-mixed", "16-module", "bf16-module"])
+@each_policy
 @pytest.mark.parametrize(
-    ("kind", "when"), [("plain", "before"), ("foreach", "after"), ("fused", "before"), ("fused", "after")]
+    ("kind", "when", "backend"),
+    [
+        ("plain", "before", "aot_eager"),
+        ("foreach", "after", "aot_eager"),
+        ("foreach", "after", "inductor"),
+        ("fused", "before", "aot_eager"),
+        ("fused", "after", "aot_eager"),
+    ],
 )
-def test_compiled_optimizer_step_steps_and_skips(policy: str, kind: str, when: str) -> None:
+def test_compiled_optimizer_step_steps_and_skips(policy: str, kind: str, when: str, backend: str) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(4, 4)
     model = copy.deepcopy(plain)
@@ -445,9 +452,9 @@ def test_compiled_optimizer_step_steps_and_skips(policy: str, kind: str, when: s
     theirs = torch.optim.AdamW(plain.parameters(), **options)
     mine = torch.optim.AdamW(model.parameters(), **options)
     if when == "before":
-        mine.step = torch.compile(mine.step, backend="aot_eager")
+        mine.step = torch.compile(mine.step, backend=backend)
     handle = wrap(model, mine, policy, loss_scale=64 if policy.startswith("16") else None)
-    step = mine.step if when == "before" else torch.compile(mine.step, backend="aot_eager")
+    step = mine.step if when == "before" else torch.compile(mine.step, backend=backend)
     for number in range(3):
         x = torch.randn(6, 4)
         for net, optimizer in ((plain, theirs), (model, mine)):

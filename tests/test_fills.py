@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wrapprec.fills import overfill
 
@@ -150,6 +151,11 @@ class Overrides(Base):
         return x
 
 
+class HandsOn(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.mask, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
 def helper(x: Tensor) -> Tensor:
     return x.masked_fill(x > 0, -1e9)
 
@@ -157,6 +163,10 @@ def helper(x: Tensor) -> Tensor:
 def test_methods_and_functions_that_forward_calls_are_followed_and_others_are_not() -> None:
     assert overfill(Base(), F16) == "1000000000.0"
     assert overfill(Overrides(), F16) is None
+
+
+def test_methods_that_forward_hands_to_a_checkpoint_are_followed() -> None:
+    assert overfill(HandsOn(), F16) == "1000000000.0" and overfill(HandsOn(), BF16) is None
 
 
 def recursive(self: Any, x: Tensor) -> Tensor:

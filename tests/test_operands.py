@@ -97,6 +97,22 @@ class Scatter(nn.Module):
         return torch.zeros_like(low).index_add_(0, index, weighted)
 
 
+class Puts(nn.Module):
+    """A sampler's way: float32 tensors that are made on the spot take activations at indices, in every form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        low = self.fc(x).reshape(-1, WIDTH)
+        index = torch.arange(WIDTH).flip(0).expand_as(low)
+        out = torch.zeros(low.shape).scatter(1, index, low) + torch.zeros(low.shape).scatter_add(1, index // 2, low)
+        out = out + torch.ones(low.shape).scatter_reduce(1, index // 3, low, "mean")
+        # An eighth: gradients at the first scale, 65536, stay within float16.
+        return out.index_copy(1, torch.tensor([0, 2]), low[:, :2] * 2) / 8
+
+
 class Model(nn.Module):
     """A linear layer before, so that activations are low precision, and one after."""
 
@@ -124,7 +140,7 @@ def off(mine: Tensor, true: Tensor) -> float:
 
 
 @each_policy
-@pytest.mark.parametrize("middle", [MaskedAttention, BufferAttention, FloatMaskAttention, Router, Scatter])
+@pytest.mark.parametrize("middle", [MaskedAttention, BufferAttention, FloatMaskAttention, Router, Scatter, Puts])
 def test_code_that_is_right_in_float32_is_right_in_low_precision(middle: type[nn.Module], policy: str) -> None:
     torch.manual_seed(0)
     plain = Model(middle)

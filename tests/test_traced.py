@@ -110,11 +110,12 @@ def test_compiled_whole_graph_has_true_gradients(policy, how, backend):
 
 
 @pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
-def test_overflow_in_compiled_backward_skips_the_step(policy):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_overflow_in_compiled_backward_skips_the_step(policy, backend):
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = wrap(model, optimizer, policy, loss_scale=LossScale(init_scale=2.0**24, growth_interval=2))
-    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    call = torch.compile(model, backend=backend, fullgraph=True)
     tokens = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(1))
     before = copy.deepcopy(model.state_dict())
     optimizer.zero_grad()

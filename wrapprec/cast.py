@@ -77,8 +77,12 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
     if mask.is_nested or mask.layout is not torch.strided:
         return mask
     lowest = torch.finfo(dtype).min
+    highest = min(lowest, -least)
+    if torch._C._get_tracing_state() is not None:
+        # The exporter of TorchScript to ONNX has neither isneginf nor threshold.
+        return mask.masked_fill((mask <= highest) & (mask > -torch.inf), lowest / 2)
     # Three kernels without a scalar operand, which each would have to be cast.
-    return torch.where(mask.isneginf(), mask, functional.threshold(mask, min(lowest, -least), lowest / 2))
+    return torch.where(mask.isneginf(), mask, functional.threshold(mask, highest, lowest / 2))
 
 
 def lower(tensor: Tensor, dtype: torch.dtype) -> Tensor:

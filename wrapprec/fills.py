@@ -64,7 +64,7 @@ def _findings(kind: Any) -> Iterator[Finding]:
 
 
 def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[tuple[ast.AST, dict[str, Any]]]:
-    """The syntax trees and globals of a function, and of what it calls: methods of the class, functions by name."""
+    """The syntax trees and globals of a function, and of what it calls or hands on: methods of the class, functions."""
     function = inspect.unwrap(function)
     if not isinstance(function, FunctionType) or function in seen:
         return
@@ -84,11 +84,12 @@ def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[t
     for call in ast.walk(body):
         if not isinstance(call, ast.Call):
             continue
-        called = call.func
-        if isinstance(called, ast.Name):
-            yield from _reached(kind, function.__globals__.get(called.id), seen, depth - 1)
-        elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
-            yield from _reached(kind, inspect.getattr_static(kind, called.attr, None), seen, depth - 1)
+        # What is given to a call may be called there: `checkpoint(self.block, x)`.
+        for called in (call.func, *call.args):
+            if isinstance(called, ast.Name):
+                yield from _reached(kind, function.__globals__.get(called.id), seen, depth - 1)
+            elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
+                yield from _reached(kind, inspect.getattr_static(kind, called.attr, None), seen, depth - 1)
 
 
 def _numbers(tree: ast.AST, names: dict[str, Any]) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _UPCASTS = re.compile(r"\.float\(\)|float32")
 _USES_WEIGHTS = re.compile(r"linear\(|conv[123]d\(|scaled_dot_product")
-_PUTS_IN = re.compile(r"index_add|masked_scatter|index_put")
+_PUTS_IN = re.compile(r"index_add|index_copy|index_put|masked_scatter|scatter_add|scatter_reduce|\.scatter_?\(")
 _LOSS = re.compile(r"[lL]oss\(|cross_entropy|loss_fct")
 _MULTIPLIES = re.compile(r"matmul|\bb?mm\(|einsum|\s@\s|baddbmm")
 
@@ -52,8 +52,18 @@ _LOSSES: frozenset[Any] = frozenset(
 
 _PUTS: frozenset[Any] = frozenset(
     {
-        *(torch.index_add, Tensor.index_add, Tensor.index_add_, torch.masked_scatter, Tensor.masked_scatter),
-        *(Tensor.masked_scatter_, torch.index_put, Tensor.index_put, Tensor.index_put_),
+        *(
+            torch.index_add,
+            Tensor.index_add,
+            Tensor.index_add_,
+            torch.index_copy,
+            Tensor.index_copy,
+            Tensor.index_copy_,
+        ),
+        *(torch.masked_scatter, Tensor.masked_scatter, Tensor.masked_scatter_),
+        *(torch.index_put, Tensor.index_put, Tensor.index_put_, torch.scatter, Tensor.scatter, Tensor.scatter_),
+        *(torch.scatter_add, Tensor.scatter_add, Tensor.scatter_add_),
+        *(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_),
     }
 )
 """Operations whose last tensor must have the dtype of the first."""
