@@ -198,6 +198,8 @@ def test_onnx_runs_elsewhere(policy: str, exporter: str, tmp_path: Path) -> None
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
+    if policy.endswith("mixed") and exporter == "torch.export" and torch.__version__.startswith("2.9."):
+        pytest.skip("torch 2.9 cannot export a product of two dtypes to ONNX, of a plain model either")
     mine, plain = pair(policy)
     mine.eval()
     file = str(tmp_path / "model.onnx")
