@@ -74,8 +74,7 @@ class Scope:
         self.modes = Modes()
         # Tensors may be wrappers with a graph for each level, and forward has tangents to compute.
         self.functional = levels.any_running()
-        # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
-        self.suspended = False
+        self.suspended = False  # part of it ran under no_grad: a reentrant checkpoint may recompute it
         # What forward hooks were given, and may make leaves of.
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
