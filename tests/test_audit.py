@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import wrapprec
 from wrapprec import audit
+from wrapprec.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:float16 on a CPU")
 
@@ -86,7 +87,7 @@ def test_a_change_of_mode_or_of_the_outputs_structure_is_audited(audits: list[An
 
 
 def test_every_thousandth_forward_is_audited(audits: list[Any]) -> None:
-    schedule = audit.Schedule()
+    schedule = Schedule()
     due = []
     for _ in range(2000):
         due.append(schedule.is_due("same"))
@@ -162,7 +163,7 @@ def test_nothing_is_audited_without_a_loss_scale_or_without_gradients(audits: li
 
 
 def test_schedule_of_a_copy_starts_anew() -> None:
-    schedule = audit.Schedule()
+    schedule = Schedule()
     for _ in range(5):
         schedule.is_due(type("Local", (), {}))
     copied = pickle.loads(pickle.dumps(schedule))

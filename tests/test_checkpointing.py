@@ -666,3 +666,112 @@ def test_gradient_checkpointing_of_hugging_face_has_true_gradients(policy: str, 
         results.append(grads(model))
     assert len(calls) == 4 and len(set(calls)) == 1, "run, and run again, in one precision"
     assert_same(results[1], results[0], policy)
+
+
+class Given:
+    """An opaque object that holds a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class TakesObject(nn.Module):
+    """Hands an object that it was given to a checkpointed function, as an argument or by a closure."""
+
+    def __init__(self, reentrant: bool, closure: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.reentrant, self.closure = reentrant, closure
+
+    def block(self, x: Tensor, given: Given) -> Tensor:
+        return self.second(x) * given.tensor
+
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.closure:
+            out = checkpoint(lambda h: self.block(h, given), hidden, use_reentrant=self.reentrant)
+        else:
+            out = checkpoint(self.block, hidden, given, use_reentrant=self.reentrant)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@each_policy
+@each_kind
+@pytest.mark.parametrize("closure", [False, True])
+def test_tensors_in_an_object_that_a_checkpoint_uses_get_true_gradients(
+    policy: str, reentrant: bool, closure: bool
+) -> None:
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        leaf = torch.randn(6, 8, requires_grad=True)
+        given = Given(leaf)
+        (model(torch.randn(6, 8), given).square().mean() / LESS).backward()
+        assert given.tensor is leaf
+        found = {name: p.grad for name, p in model.named_parameters()} | {"leaf": leaf.grad}
+        assert all(grad is not None for grad in found.values())
+        return found
+
+    torch.manual_seed(0)
+    model = TakesObject(reentrant, closure)
+    want = run(copy.deepcopy(model))
+    wrapprec.wrap(model, policy=policy)
+    for name, grad in run(model).items():
+        assert (grad - want[name]).norm() <= TOLERANCE[policy[:2]] * want[name].norm(), name
+
+
+class MixesInCheckpoint(nn.Module):
+    """A checkpointed method with a product that module casting has to mend."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(6, 6).tril() / 6)
+        self.reentrant = reentrant
+
+    def block(self, x: Tensor) -> Tensor:
+        return (x @ x.T * self.mask) @ x
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = checkpoint(self.block, self.linear(x), use_reentrant=self.reentrant)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@each_policy
+@each_kind
+def test_operations_that_are_mended_are_mended_in_the_recomputation(policy: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = MixesInCheckpoint(reentrant), torch.randn(6, 8)
+    plain = copy.deepcopy(model)
+    plain(x).square().mean().div(LESS).backward()
+    wrapprec.wrap(model, policy=policy)
+    model(x).square().mean().div(LESS).backward()
+    assert torch._C._len_torch_function_stack() == 0
+    for mine, true in zip(model.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None and true.grad is not None
+        assert (mine.grad - true.grad).norm() <= TOLERANCE[policy[:2]] * true.grad.norm()
+
+
+class ClosesOver(nn.Module):
+    """Its checkpointed function uses a leaf that nothing tells of."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.hidden = lambda: leaf
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = checkpoint(lambda h: h * self.hidden(), self.linear(x), use_reentrant=True)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
+def test_leak_within_a_reentrant_checkpoint_is_an_error_before_a_gradient_is_wrong(policy: str) -> None:
+    leaf = torch.randn(6, 8, requires_grad=True)
+    model = ClosesOver(leaf)
+    wrapprec.wrap(model, policy=policy)
+    with pytest.raises(wrapprec.ScaleLeakError, match=r"a tensor of shape \(6, 8\).* used inside forward"):
+        model(torch.randn(6, 8)).square().mean().backward()
+    assert leaf.grad is None

@@ -22,7 +22,7 @@ LAYERS: dict[str, str] = {
     "wants": "grammar lossscale precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
     " backends.generic backends.select defaults placement plan",
-    "state": "current levels standin lent bucket scale border flags boundary ranks audit diagnose state",
+    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
     " again native operands traced mismatch region",
     "step": "patch closure fused hold resume verdict step",

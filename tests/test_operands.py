@@ -308,3 +308,28 @@ def test_what_is_not_foreseen_is_an_error_that_names_the_module_and_the_rule_tha
     handle.unwrap()
     wrapprec.wrap(model, policy="bf16-module", rules=[("middle", "float32")])
     step(model)
+
+
+class WritesOut(nn.Module):
+    """Writes a product with a float32 buffer into a tensor of its own, and adds rows, named by keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("twice", torch.eye(WIDTH) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(x)
+        made = torch.full((LENGTH, WIDTH), 7.0)
+        torch.matmul(rows, self.twice, out=made)
+        return torch.index_add(input=made, dim=0, index=torch.arange(LENGTH), source=rows)
+
+
+@pytest.mark.parametrize("policy", ["bf16-module", "16-module"])
+def test_mended_products_are_written_into_the_tensor_that_was_given_for_them(policy: str) -> None:
+    torch.manual_seed(0)
+    model, x = WritesOut(), torch.randn(LENGTH, WIDTH)
+    want = model.linear(x).detach() * 3
+    wrapprec.wrap(model, policy=policy)
+    with torch.no_grad():
+        assert (model(x) - want).norm() <= TOLERANCE[policy[0]] * want.norm()

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import checkpoint as checkpoints
 
+from wrapprec import audit
+from wrapprec.cast import tensors_in
 from wrapprec.current import thread
 from wrapprec.island import float32, is_island_open
 from wrapprec.recompute import Extent
@@ -41,16 +43,18 @@ class Again:
     Args:
         function: what was given to `checkpoint`.
         scope: the innermost one that is open on this thread.
+        reentrant: the graph of the second run is what gradients go through, and no audit of the loss has seen it.
     """
 
-    def __init__(self, function: Callable[..., Any], scope: Scope) -> None:
+    def __init__(self, function: Callable[..., Any], scope: Scope, reentrant: bool) -> None:
         self.function = function
+        self.reentrant = reentrant
         # Not kept alive: it holds the weights that were lent to the original run.
         self.scope = weakref.ref(scope)
-        self.levels: list[tuple[Forward, Any, Any]] = []
+        self.levels: list[tuple[Forward, Any, Any, list[Any]]] = []
         level: Scope | None = scope
-        while level is not None:
-            self.levels.insert(0, (level.opener, level.border, level.region))
+        while isinstance(level, Scope):
+            self.levels.insert(0, (level.opener, level.border, level.region, _refer(level)))
             level = level.outer
         self.island = is_island_open()
         self.mending = scope.mending
@@ -61,7 +65,7 @@ class Again:
         opened: list[Scope] = []
         replicas = contextlib.ExitStack()
         try:
-            for opener, border, region in self.levels:
+            for opener, border, region, objects in self.levels:
                 if opener.replica is not None:
                     opener, _ = replicas.enter_context(replicated(opener.replica.origin, opener.module, ()))
                 scope = Scope(opener, Extent(), border)
@@ -69,7 +73,7 @@ class Again:
                 thread.scope = scope
                 scope.region = region
                 scope.lend(opener.tree())
-                scope.enter_again()
+                scope.enter_again([one for one in (ref() for ref in objects) if one is not None])
             enter(opened[0])
             # Autocast is as it was: `checkpoint` has seen to that. The modes of ours are not.
             with contextlib.ExitStack() as modes:
@@ -80,6 +84,8 @@ class Again:
                 out = self.function(*args, **kwargs)
             for scope in reversed(opened):
                 out = scope.leave_again(out)
+            if self.reentrant:
+                self._audit(opened, out, (args, kwargs))
             return out
         finally:
             for scope in reversed(opened):
@@ -88,13 +94,35 @@ class Again:
                 leave(opened[0])
             replicas.close()
 
+    def _audit(self, opened: list[Scope], out: Any, given: Any) -> None:
+        # Whether the backward is audited was known when the original scope was left.
+        if any(border is not None and border.audited for _, border, _, _ in self.levels):
+            around = tuple(scope.border for scope in opened if scope.border is not None)
+            modules = [scope.opener.module for scope in opened]
+            audit.walk(tensors_in(out), modules, around=around, known=tensors_in(given))
+
+
+def _refer(scope: Scope) -> list[Any]:
+    """The objects that a scope was given; not kept alive, as they may hold what has the checkpoint in its graph."""
+    refs: list[Any] = []
+    for one in () if scope.carried is None else scope.carried.opaque:
+        try:
+            refs.append(weakref.ref(one))
+        except TypeError:
+            refs.append(functools.partial(_same, one))
+    return refs
+
+
+def _same(one: Any) -> Any:
+    return one
+
 
 class _Reentrant(checkpoints.CheckpointFunction):
     """Stands in for `CheckpointFunction`, the reentrant form."""
 
     @classmethod
     def apply(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return _before["CheckpointFunction"].apply(_again(function), *args, **kwargs)
+        return _before["CheckpointFunction"].apply(_again(function, reentrant=True), *args, **kwargs)
 
 
 def _generator(
@@ -142,9 +170,9 @@ _before: dict[str, Any] = {name: getattr(checkpoints, name) for name in _OURS}
 """What stood there before. It stays here when it is put back: another thread may be on its way."""
 
 
-def _again(function: Any) -> Any:
+def _again(function: Any, reentrant: bool = False) -> Any:
     scope = thread.scope
-    return Again(function, scope) if isinstance(scope, Scope) else function
+    return Again(function, scope, reentrant) if isinstance(scope, Scope) else function
 
 
 def enter(scope: Scope) -> None:

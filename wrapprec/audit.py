@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Inward, Leave, Lend, Return, ScaleDown, ScaleUp
@@ -24,12 +23,10 @@ from wrapprec.current import thread
 from wrapprec.errors import ScaleLeakError, message, module_label
 from wrapprec.lent import originals
 from wrapprec.scale import Scaler
+from wrapprec.schedule import Schedule
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
-
-_FIRST = 3
-_EVERY = 1000
 
 GOES_IN: tuple[Any, ...] = (Leave, ScaleDown, Return)
 GOES_OUT: tuple[Any, ...] = (Enter, Lend, ScaleUp)
@@ -39,52 +36,6 @@ def crossing(node: Any) -> Any:
     """Which Function of `boundary` a node belongs to, or None; under torch.func a node is of a class made there."""
     kind = getattr(node, "crossing", None) if isinstance(getattr(node, "border", None), Border) else None
     return kind if kind in GOES_IN or kind in GOES_OUT else None
-
-
-class Schedule:
-    """When an audit of one wrapped model is due: its first backwards, after a change, and now and then."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Audit the next backwards again: after `wrap`, after a checkpoint was loaded, after modules changed."""
-        self.left = _FIRST
-        self.forwards = 0
-        # The hooks that were there at the last look: torch's count of all, and the newest on a module inside.
-        self.last_hook = self.newest_hook = -1
-        self.known: set[Any] = set()
-
-    def is_due(self, signature: Any) -> bool:
-        """Count a forward, and say whether the next backward is audited.
-
-        Args:
-            signature: the module that was called, its mode and the structure of what it returned.
-        """
-        self.forwards += 1
-        if signature not in self.known:
-            self.known.add(signature)
-            self.left = max(self.left, 1)
-        if self.forwards % _EVERY == 0:
-            self.left = max(self.left, 1)
-        return self.left > 0
-
-    def has_new_hooks(self, modules: Iterable[nn.Module]) -> bool:
-        """Say whether a forward hook was put on one of the modules since the last look: it may take tensors out."""
-        # Every hook of torch takes a number from here: nothing to look for where it is as it was.
-        if self.last_hook == RemovableHandle.next_id:
-            return False
-        self.last_hook = RemovableHandle.next_id
-        newest = max((max((*m._forward_hooks, *m._forward_pre_hooks), default=-1) for m in modules), default=-1)
-        fresh, self.newest_hook = newest > self.newest_hook, max(newest, self.newest_hook)
-        return fresh
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy starts anew; the known structures hold classes that need not be picklable.
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.restart()
 
 
 _due: dict[int, tuple[weakref.ref[Schedule], weakref.ref[Scaler], weakref.ref[Any]]] = {}
@@ -99,18 +50,23 @@ _NAME = "_engine_run_backward"
 _real = getattr(torch.autograd, _NAME)
 
 
-def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any, doubtful: bool = False) -> None:
-    """Arm an audit of the next backward if one is due or there is doubt, given what a forward returned."""
+def prepare(schedule: Schedule, scaler: Scaler, forward: Forward, out: Any, doubtful: bool = False) -> bool:
+    """Arm an audit of the next backward if one is due or there is doubt, given what a forward returned.
+
+    Returns:
+        Whether it is.
+    """
     if doubtful:
         schedule.left = max(schedule.left, 1)
     if not schedule.is_due((forward.name, forward.module.training, _shape(out))):
-        return
+        return False
     gone = functools.partial(_dismiss, id(schedule))
     # A replica is gone by the time an error wants to name its parameters.
     named = forward if forward.replica is None else forward.replica.origin
     with _arming:
         _due[id(schedule)] = weakref.ref(schedule, gone), weakref.ref(scaler), weakref.ref(named.module)
         setattr(torch.autograd, _NAME, _audited)
+    return True
 
 
 def dismiss(schedule: Schedule) -> None:
@@ -178,13 +134,17 @@ def _tensor(one: Any) -> Tensor | None:
 Stack = tuple[Border, ...]
 
 
-def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
+def walk(
+    roots: Any, modules: list[Any], inputs: Any = (), around: Stack = (), known: Iterable[Tensor] = ()
+) -> set[Scaler]:
     """Follow the graph from `roots`, knowing at each node which scopes it is inside of.
 
     Args:
         roots: a tensor or graph edge, or several: what `torch.autograd.backward` takes.
         modules: wrapped modules, to name parameters.
         inputs: what `torch.autograd.grad` differentiates with respect to.
+        around: the scopes that `roots` are inside of.
+        known: leaves whose gradients go on inside: the inputs of a reentrant checkpoint.
 
     Returns:
         The loss scales whose borders the graph crosses.
@@ -193,7 +153,8 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
         ScaleLeakError: naming the parameter or tensor whose gradient would be wrong.
     """
     wanted = {roots_of(one)[0]: one for one in _as_tuple(inputs) if roots_of(one)}
-    todo: list[tuple[Any, Stack]] = [(node, ()) for node in roots_of(roots)]
+    todo: list[tuple[Any, Stack]] = [(node, around) for node in roots_of(roots)]
+    passed = {id(leaf) for leaf in known}
     seen: set[tuple[Any, tuple[int, ...]]] = set()
     met: set[Scaler] = set()
     lent = {
@@ -209,7 +170,7 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
             what = "is inside forward, where gradients are scaled, and was asked for"
             raise _leak(_tensor(wanted[node]), what, modules)
         after = _cross(node, inside, modules, met)
-        if hasattr(node, "variable") and not (_comes_out(node.variable, after) or _is_held_by_graph_alone(node)):
+        if hasattr(node, "variable") and not _is_true(node, after, passed):
             raise _leak(node.variable, "was used inside forward without crossing the border", modules)
         by_graph = bool(after) and node.name() in _COMPILED
         for below, _ in node.next_functions:
@@ -217,6 +178,11 @@ def walk(roots: Any, modules: list[Any], inputs: Any = ()) -> set[Scaler]:
                 continue
             todo.append((below, after))
     return met
+
+
+def _is_true(node: Any, inside: Stack, passed: set[int]) -> bool:
+    """The gradient of a leaf's node is true, or goes on inside, or nobody can read it."""
+    return id(node.variable) in passed or _comes_out(node.variable, inside) or _is_held_by_graph_alone(node)
 
 
 def _comes_out(leaf: Tensor, inside: Stack) -> bool:

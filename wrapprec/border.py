@@ -73,6 +73,8 @@ class Border:
         self.scaler = scaler
         self.outer = outer
         self.extent = extent
+        # The backward through it is audited.
+        self.audited = False
         # Called when a backward that came inside here begins.
         self.at_begin: Callable[[], None] | None = None
         self.scale = scaler.cautious() if functional else scaler.scale

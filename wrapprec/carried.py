@@ -66,6 +66,8 @@ class Carried:
         # By the id of what stands there now: what was given, what stands there, and its version then.
         self.given: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.made: dict[int, Tensor] = {}
+        # The opaque objects that were given, and those of them in which something was replaced.
+        self.opaque: list[Any] = []
         self.objects: list[Any] = []
         self.modules: list[nn.Module] = []
         # Other threads train too, so that nothing on the modules can be replaced: an audit has to look.
@@ -75,7 +77,8 @@ class Carried:
         """Replace what requires grad inside the opaque objects of a tree of arguments."""
         region = self.region
         low = region.low if region is not None and region.by_module else None
-        for value in opaque_in(tree):
+        self.opaque = list(opaque_in(tree))
+        for value in self.opaque:
             known = low is not None and id(value) in _widened
             if self.border is None and not known:
                 continue

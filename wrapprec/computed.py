@@ -67,6 +67,8 @@ class Computed:
             if shared.cache is None or shared.cache[0] is not self.around or shared.cache[1] is not scale:
                 shared.cache = self.around, scale, {}
             parametrize._cache = shared.cache[2]
+        elif shared.cache is not None:
+            shared.cache = None
 
     def lend(self, forward: Forward, scope: Scope) -> None:
         """Cast the weights that hooks have computed for `forward`; one computed outside crosses the border."""

@@ -43,7 +43,7 @@ class _Upcast(TorchFunctionMode):
         out = kwargs.get("out")
         if out is not None and any(t.dtype in LOW for t in tensors_in(out)):
             rest = {key: value for key, value in kwargs.items() if key != "out"}
-            return _fill(out, func(*_up(args), **_up(rest)))
+            return fill(out, func(*_up(args), **_up(rest)))
         return func(*_up(args), **_up(kwargs))
 
 
@@ -51,8 +51,8 @@ def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__",) or name.startswith("__i")
 
 
-def _fill(out: Any, result: Any) -> Any:
-    """Write results into the low precision tensors that were given for them."""
+def fill(out: Any, result: Any) -> Any:
+    """Write results into the tensors that were given for them."""
     for target, value in zip(tensors_in(out), tensors_in(result), strict=True):
         target.resize_(value.shape).copy_(value)
     return out

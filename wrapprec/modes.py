@@ -35,9 +35,8 @@ class Modes:
         """
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         hidden = _selecting() if torch._C._len_torch_dispatch_stack() else 0
-        same = grad is not self.inference and inference is self.inference and not hidden
-        if same and levels.depth() == self.transforms:
-            return _NOTHING
+        if levels.depth() == self.transforms and inference is self.inference and not hidden:
+            return _NOTHING if grad is not inference else torch.set_grad_enabled(not inference)
         modes = contextlib.ExitStack()
         for _ in range(hidden):
             modes.enter_context(_pop_mode_temporarily())

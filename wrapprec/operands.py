@@ -20,6 +20,7 @@ from wrapprec.allowlist import is_torch_own, source_of
 from wrapprec.cast import cast_tree, tensors_in
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
+from wrapprec.island import fill
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
@@ -29,7 +30,7 @@ _UPCASTS = re.compile(r"\.float\(\)|float32")
 _USES_WEIGHTS = re.compile(r"linear\(|conv[123]d\(|scaled_dot_product")
 _PUTS_IN = re.compile(r"index_add|index_copy|index_put|masked_scatter|scatter_add|scatter_reduce|\.scatter_?\(")
 _LOSS = re.compile(r"[lL]oss\(|cross_entropy|loss_fct")
-_MULTIPLIES = re.compile(r"matmul|\bb?mm\(|einsum|\s@\s|baddbmm")
+_MULTIPLIES = re.compile(r"matmul|\bb?mm\(|einsum|[\w)\]] *@ *[\w(]|baddbmm|\s@\s")
 
 _PRODUCTS: frozenset[Any] = frozenset(
     {
@@ -89,14 +90,21 @@ class Operands(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.casts and func in _PRODUCTS:
+            # What is given as `out` is to be written into, not cast.
+            out = kwargs.get("out")
+            rest = {key: value for key, value in kwargs.items() if key != "out"}
             dtypes = {t.dtype for t in tensors_in((args, kwargs)) if t.dtype in MIXABLE}
             if len(dtypes) > 1:
-                args, kwargs = cast_tree((args, kwargs), self.low)
+                args, rest = cast_tree((args, rest), self.low)
+                result = func(*args, **rest)
+                return result if out is None else fill(out, result)
         elif self.casts and func in _LOSSES:
             args, kwargs = cast_tree((args, kwargs), torch.float32)
-        elif func in _PUTS and args[0].dtype in MIXABLE:
-            args = args[0], *cast_tree(args[1:], args[0].dtype)
-            kwargs = cast_tree(kwargs, args[0].dtype)
+        elif func in _PUTS:
+            target = args[0] if args else kwargs.get("input")
+            if isinstance(target, Tensor) and target.dtype in MIXABLE:
+                args = *args[:1], *cast_tree(args[1:], target.dtype)
+                kwargs = {key: t if key == "out" else cast_tree(t, target.dtype) for key, t in kwargs.items()}
         return func(*args, **kwargs)
 
 

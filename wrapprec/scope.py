@@ -60,24 +60,22 @@ class Scope:
         self.recomputes = part_of is not None or self.joins
         # The region in force; None until the first is entered.
         self.region: Any = None
-        # The mode that mends operations of the module that is running.
-        self.mending: Any = None
+        self.mending: Any = None  # the mode that mends operations of the module that is running
         self.done: set[int] = set()
         self.loans: list[Loan] = []
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}
         # Weights lent as copies, and their versions: forward must not write into them.
         self.copies: list[tuple[Forward, str, Tensor, int]] = []
         self.inputs: list[tuple[Tensor, Tensor, int]] = []
-        # Inputs made on other threads, whose nodes are numbered otherwise: they only look as if they were made inside.
+        # Inputs made on other threads: by their nodes' numbers they only look as if they were made inside.
         self.foreign: dict[int, Tensor] = {}
         self.extent = Extent()
         self.grad = torch.is_grad_enabled()
         self.modes = Modes()
         # Tensors may be wrappers with a graph for each level, and forward has tangents to compute.
         self.functional = levels.any_running()
-        # Part of the scope ran under no_grad: a reentrant checkpoint may recompute it.
-        self.suspended = False
-        # A leaf that a forward hook makes by requires_grad_(): what it was given is looked at soon after.
+        self.suspended = False  # part of it ran under no_grad: a reentrant checkpoint may recompute it
+        # What forward hooks were given, and may make leaves of.
         self.watched: list[Tensor] = []
         self.carried: Carried | None = None
         known = known or joined
@@ -121,11 +119,10 @@ class Scope:
             weights: Weights = {}
             replica = forward.replica
             for key, param in (originals(forward.module) if replica is None else replica.params).items():
-                if param is None:
-                    continue
-                if is_lazy(param):
-                    # Its module gives it a shape when it is called, just before its forward.
-                    self.done.discard(id(forward))
+                if param is None or is_lazy(param):
+                    # A lazy one gets its shape when its module is called, just before its forward.
+                    if param is not None:
+                        self.done.discard(id(forward))
                     continue
                 low = forward.lend_dtype if frozen is None else forward.freeze_dtype
                 dtype = None if key in made_of else low  # the result is cast
@@ -211,10 +208,14 @@ class Scope:
 
         return map_tensors(come_in, tree)
 
-    def enter_again(self) -> None:
-        """Put the border on what stands in attributes of the modules, for a recomputation that uses it again."""
+    def enter_again(self, objects: list[Any]) -> None:
+        """Put the border on what comes in otherwise, for a recomputation: `objects` were given to the original run."""
+        if self.border is None and not any_widened():
+            return
+        self.carried = Carried(self, self.opener)
+        # What they held when the original scope closed was put back, or has left.
+        self.carried.bring_in(objects)
         if self.border is not None:
-            self.carried = Carried(self, self.opener)
             self.carried.bring_in_attributes(self.opener.tree(), len(self.shared.threads) <= 1)
 
     def leave(self, forward: Forward, out: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -259,7 +260,7 @@ class Scope:
                 known.update(holders)
         inner = (below.module for below in forward.tree() if below is not forward)
         schedule = self.shared.schedule
-        audit.prepare(schedule, scaler, forward, out, schedule.has_new_hooks(inner) or doubtful)
+        border.audited = audit.prepare(schedule, scaler, forward, out, schedule.has_new_hooks(inner) or doubtful)
         return out
 
     def leave_again(self, out: Any) -> Any:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from wrapprec.audit import Schedule
 from wrapprec.bucket import Bucket
 from wrapprec.diagnose import Diagnosis
 from wrapprec.lent import originals
 from wrapprec.plan import Plan
 from wrapprec.ranks import Ranks
 from wrapprec.scale import Scaler
+from wrapprec.schedule import Schedule
 from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
