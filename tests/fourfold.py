@@ -5,43 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
+import sidebyside
 import torch
+from sidebyside import POLICIES, Results, assert_same, dense, each_policy, grads
+from sidebyside import each_f16_policy as each_scaled
 from torch import Tensor, nn
 
 import wrapprec
 
-Found = dict[str, "Tensor | None"]
+__all__ = ["POLICIES", "TOLERANCE", "Found", "assert_close", "batch", "compare", "each_policy", "each_scaled", "grads"]
 
-POLICIES = ["bf16-mixed", "16-mixed", "bf16-module", "16-module"]
-each_policy = pytest.mark.parametrize("policy", POLICIES)
-each_scaled = pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
-# Eight rounding steps of the compute dtype in the norm: activations, weights and gradients are rounded once each in
-# two or three layers. A border that is missing or too many is off by the loss scale, 65536 by default.
-TOLERANCE = {"16": 8 * 2**-10, "bf": 8 * 2**-7}
+Found = Results
 
-
-def grads(model: nn.Module) -> Found:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The numbers, in float64, whatever the layout."""
-    tensor = tensor.detach()
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+# Twice the steps that `sidebyside` allows: these programs call a model more than once, or feed it its own outputs.
+_SLACK = 2.0
+TOLERANCE = {kind: _SLACK * value for kind, value in sidebyside.TOLERANCE.items()}
 
 
 def assert_close(got: Found, want: Found, policy: str, slack: float = 1.0) -> None:
-    assert got.keys() == want.keys()
-    for name, true in want.items():
-        mine = got[name]
-        if true is None or mine is None:
-            assert mine is None and true is None, f"{name}: {mine} instead of {true}"
-            continue
-        assert (mine.dtype, mine.shape, mine.layout) == (true.dtype, true.shape, true.layout), name
-        off = (dense(mine) - dense(true)).norm() / dense(true).norm().clamp(min=1e-30)
-        assert off <= slack * TOLERANCE[policy[:2]], f"{name}: relative error {off:.2e}"
+    assert_same(got, want, policy, _SLACK * slack)
 
 
 def compare(make: Callable[[], nn.Module], run: Callable[[Any], Found], policy: str, slack: float = 1.0) -> None:

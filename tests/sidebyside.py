@@ -35,6 +35,13 @@ def weights(model: nn.Module) -> Results:
     return {f"state.{name}": t.detach().clone() for name, t in model.state_dict().items() if t.is_floating_point()}
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The numbers, in float64, whatever the layout."""
+    tensor = tensor.detach()
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+
+
 def assert_same(got: Results, want: Results, policy: str, slack: float = 1.0) -> None:
     """Equal up to the rounding of the policy's dtype."""
     assert got.keys() == want.keys()
@@ -43,9 +50,8 @@ def assert_same(got: Results, want: Results, policy: str, slack: float = 1.0) ->
         if true is None or mine is None:
             assert mine is None and true is None, f"{name}: {mine} instead of {true}"
             continue
-        assert mine.dtype == true.dtype and mine.shape == true.shape, f"{name}: {mine.dtype}, {tuple(mine.shape)}"
-        mine, true = mine.to_dense().double(), true.to_dense().double()
-        off = (mine - true).norm() / true.norm().clamp(min=1e-30)
+        assert (mine.dtype, mine.shape, mine.layout) == (true.dtype, true.shape, true.layout), name
+        off = (dense(mine) - dense(true)).norm() / dense(true).norm().clamp(min=1e-30)
         assert off <= slack * TOLERANCE[policy[:2]], f"{name}: relative error {off:.2e}"
 
 

@@ -223,8 +223,8 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
     forward.output_dtype = None
     if shared.mixed:
-        asked = shared.backend.native(shared.plan.policy.precision)
-        output = asked.output_dtype if keeps else precision.output_dtype
+        around = shared.backend.native(shared.plan.policy.precision) if keeps else precision
+        output = around.output_dtype
         assert isinstance(output, torch.dtype)
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
