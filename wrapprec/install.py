@@ -214,8 +214,7 @@ def _renormalises(module: nn.Module) -> bool:
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: Regions) -> None:
     precision = placement.precision
     keeps = placement.activations == "keep"
-    low = precision.compute_dtype if precision.casting is not None else None
-    assert low is None or isinstance(low, torch.dtype)
+    low = None if precision.casting is None else precision.activation_dtype
     by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
     forward.wide = _region(precision, shared, "restore", regions) if keeps else None

@@ -229,8 +229,7 @@ class _Walk:
             return "restore", f"{decision.reason}; torch has no such transform in low precision on every device"
         if not (decision.is_default and decision.rule.endswith(NORM)) or not dtypes.is_low(around.compute_dtype):
             return "cast", decision.reason
-        # Formats such as fp8 are for linears: between them activations are bfloat16.
-        dtype = around.compute_dtype if isinstance(around.compute_dtype, torch.dtype) else torch.bfloat16
+        dtype = around.activation_dtype
         own = is_torch_norm(module)
         if own and self.backend.accepts_mixed_norm(module, dtype, self.device):
             kept = f"activations stay {dtypes.name(dtype)}: kernel probed"

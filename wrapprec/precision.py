@@ -52,6 +52,17 @@ class Precision:
         """Whether floating inputs are cast on entry: as given, otherwise only under module casting."""
         return self.casting == "module" if self.cast_inputs is None else self.cast_inputs
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of activations: formats are for weights and linears, around which all is bfloat16 (tf32: float32).
+
+        >>> PRESETS["fp8-mixed"].activation_dtype, PRESETS["32-fast"].activation_dtype
+        (torch.bfloat16, torch.float32)
+        """
+        if isinstance(self.compute_dtype, torch.dtype):
+            return self.compute_dtype
+        return BF16 if is_low(self.compute_dtype) else F32
+
     def __repr__(self) -> str:
         names = ", ".join(repr(dtypes.name(d)) for d in (self.param_dtype, self.compute_dtype, self.output_dtype))
         inputs = "" if self.cast_inputs is None else f", cast_inputs={self.cast_inputs}"

@@ -51,9 +51,8 @@ class Region:
         self.restores = restores
         self.autocasts = precision.casting == "op"
         self.caches = cache_is_sound()
-        compute, output = precision.compute_dtype, precision.output_dtype
-        # Without a casting, `compute` may be tf32: float32 by another road.
-        self.low = compute if precision.casting is not None and isinstance(compute, torch.dtype) else None
+        self.low = None if precision.casting is None else precision.activation_dtype
+        output = precision.output_dtype
         assert isinstance(output, torch.dtype)
         self.output_dtype = output
         self.casts = precision.casts_inputs if self.low is not None else upcasts
