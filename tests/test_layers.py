@@ -21,7 +21,7 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach cast",
     "wants": "grammar lossscale precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
-    " backends.generic backends.select defaults placement plan",
+    " backends.generic backends.select defaults footprint memory placement plan",
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
     " again native operands traced mismatch region",

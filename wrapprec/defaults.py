@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from wrapprec import dtypes
 from wrapprec.allowlist import STRICTLY, is_listed, keep_pattern, keeps_float32, scatter_note
@@ -15,6 +16,33 @@ from wrapprec.fills import overfill
 from wrapprec.precision import F32, Precision
 
 _ISLAND = Precision(F32, F32, F32)
+
+_CAST_BY_AUTOCAST = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+"""Modules whose weights autocast would cast at every call: what `frozen()` casts once under op casting."""
+
+
+def is_cast_by_autocast(module: nn.Module) -> bool:
+    """Only torch's own code is known to hand its weights to autocast as they are.
+
+    Attention in eval mode is not: on a CPU it takes a kernel that autocast does not know, if its weights are float32.
+    """
+    if not isinstance(module, _CAST_BY_AUTOCAST) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
+    return owner.__module__.startswith("torch.nn.modules.")
+
+
+def copies_weights(module: nn.Module, precision: Precision) -> bool:
+    """Say whether a step holds low precision copies of a module's own weights, from its forward to its backward.
+
+    Args:
+        module: the module.
+        precision: what it got.
+
+    Returns:
+        False also for what computes in the dtype that its weights have.
+    """
+    return precision.casting == "module" or (precision.casting == "op" and is_cast_by_autocast(module))
 
 
 class Keeper(NamedTuple):

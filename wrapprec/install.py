@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wrapprec import audit
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
+from wrapprec.defaults import is_cast_by_autocast
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.native import runner_for
@@ -27,21 +27,6 @@ from wrapprec.region import Forward, Region
 from wrapprec.standin import forward_of, place_of
 from wrapprec.state import Request, Shared
 from wrapprec.undo import UndoStack
-
-_CAST_BY_AUTOCAST = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
-"""Modules whose weights autocast would cast at every call: what `frozen()` casts once under op casting."""
-
-
-def _is_cast_by_autocast(module: nn.Module) -> bool:
-    """Only torch's own code is known to hand its weights to autocast as they are.
-
-    Attention in eval mode is not: on a CPU it takes a kernel that autocast does not know, if its weights are float32.
-    """
-    if not isinstance(module, _CAST_BY_AUTOCAST) or isinstance(module, NonDynamicallyQuantizableLinear):
-        return False
-    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
-    return owner.__module__.startswith("torch.nn.modules.")
-
 
 Regions = dict[tuple[Precision, Activations], Region]
 
@@ -215,7 +200,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     precision = placement.precision
     keeps = placement.activations == "keep"
     low = None if precision.casting is None else precision.activation_dtype
-    by_autocast = precision.casting == "op" and _is_cast_by_autocast(forward.module)
+    by_autocast = precision.casting == "op" and is_cast_by_autocast(forward.module)
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
     forward.wide = _region(precision, shared, "restore", regions) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
+from torch.optim import Optimizer
+
 from wrapprec import dtypes
 from wrapprec.errors import PolicyError, message, nearest
+from wrapprec.footprint import state_of
 from wrapprec.lossscale import LossScale, read_scale, write_scale
+from wrapprec.memory import Memory, Weight, count, spread
 from wrapprec.policy import Policy
 from wrapprec.precision import Precision, read_precision, write_precision
 
@@ -33,6 +37,7 @@ class Placement:
             was written for float32 weights among low precision activations.
         params: how many elements its own parameters have.
         notes: what else a reader should know.
+        weights: its own parameters, as they will be stored.
 
     >>> f32 = Precision("f32", "f32", "f32")
     >>> Placement("fc", "Linear", f32, "policy", "policy 32-true", False).activations
@@ -48,6 +53,7 @@ class Placement:
     activations: Activations = "cast"
     params: int = 0
     notes: tuple[str, ...] = ()
+    weights: tuple[Weight, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,44 @@ class Plan:
         """The placement of the module of this qualified name, if there is one."""
         return self._by_name.get(name)
 
+    def memory(
+        self, optimizer: Optimizer | type[Optimizer] | str = "AdamW", *, replicas: int = 1, shards: int = 1
+    ) -> Memory:
+        """Predict what parameters take on each device: held, by kind, and sent in a step.
+
+        Args:
+            optimizer: an optimizer, its class, or the name of one of torch's; it is not touched.
+            replicas: how many copies of the model are trained together (DistributedDataParallel, or the outer
+                dimension of a hybrid mesh).
+            shards: over how many devices each copy is spread (FSDP2).
+
+        Returns:
+            Bytes; with `module`, `params` and bytes for each parameter when printed. Activations are not counted.
+
+        Raises:
+            PolicyError: the optimizer's state cannot be foreseen, or a number is not positive.
+
+        >>> import torch, wrapprec
+        >>> print(wrapprec.resolve(torch.nn.Linear(99, 10), "bf16-mixed").memory())
+        module   params  weights  grads  state  master  B/param
+        (model)   1,000     4.00   4.00   8.00    0.00    16.00
+        all       1,000     4.00   4.00   8.00    0.00    16.00
+        <BLANKLINE>
+        total 16 kB: weights 4 kB, gradients 4 kB, state 8 kB, lent 2 kB
+        """
+        for name, number in (("replicas", replicas), ("shards", shards)):
+            if not isinstance(number, int) or number < 1:
+                raise PolicyError(message(f"a positive number of {name}", f"{number!r}", remedy="1 is a single device"))
+        state = state_of(optimizer)
+        master = 2 if self.policy.rounding == "kahan" else 0
+        held = tuple(
+            (placement.name, count(placement.weights, lambda weight: state(weight.shape), master))
+            for placement in self.placements
+            if placement.weights
+        )
+        kinds = [(placement.name, placement.module_type) for placement in self.placements]
+        return spread(held, kinds, self.policy.precision, replicas, shards)
+
     def __str__(self) -> str:
         scale = write_scale(self.loss_scale)
         kind = scale.pop("loss_scale")
@@ -138,7 +182,8 @@ class Plan:
         placements = []
         for placement in self.placements:
             row = {f.name: getattr(placement, f.name) for f in fields(placement)}
-            placements.append(row | {"precision": write_precision(placement.precision), "notes": list(placement.notes)})
+            plain = {"notes": list(placement.notes), "weights": [weight.to_dict() for weight in placement.weights]}
+            placements.append(row | {"precision": write_precision(placement.precision)} | plain)
         return {
             "policy": str(self.policy),
             "device": self.device,
@@ -167,7 +212,14 @@ class Plan:
         True
         """
         placements = tuple(
-            Placement(**{**row, "precision": read_precision(None, row["precision"]), "notes": tuple(row["notes"])})
+            Placement(
+                **{
+                    **row,
+                    "precision": read_precision(None, row["precision"]),
+                    "notes": tuple(row["notes"]),
+                    "weights": tuple(Weight.from_dict(weight) for weight in row.get("weights", ())),
+                }
+            )
             for row in data["placements"]
         )
         scale = read_scale(data["loss_scale"], None)

@@ -18,10 +18,11 @@ from wrapprec import dtypes
 from wrapprec.allowlist import FOURIER, NORM, STRICTLY, is_torch_norm, is_torch_own
 from wrapprec.backends.base import Backend
 from wrapprec.backends.select import auto_policy, backend_for, execution_device
-from wrapprec.defaults import Decision, Keeper, cannot, default, notes
+from wrapprec.defaults import Decision, Keeper, cannot, copies_weights, default, notes
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
+from wrapprec.memory import Weight
 from wrapprec.placement import Activations, Placement, Plan
 from wrapprec.policy import Policy, rule_precision
 from wrapprec.precision import Precision
@@ -145,6 +146,9 @@ class _Walk:
     def __init__(self, model: nn.Module, policy: Policy, backend: Backend, device: torch.device) -> None:
         self.policy, self.backend, self.device = policy, backend, device
         self.visits = list(_visit(model))
+        # The parameters met so far, by id, and those of which a copy is lent: tied ones come again.
+        self.counted: set[int] = set()
+        self.copied: set[int] = set()
         self.matchers = [_Matcher.of(i, rule, policy, backend) for i, rule in enumerate(policy.rules, 1)]
         self.base = Decision(backend.native(policy.precision), "policy", f"policy {replace(policy, rules=())}")
 
@@ -174,7 +178,21 @@ class _Walk:
                 activations=activations,
                 params=sum(p.numel() for p in visit.module._parameters.values() if p is not None and not is_lazy(p)),
                 notes=notes(visit.module, decision.precision, self.backend, self.device),
+                weights=tuple(self._weights(visit.module, decision.precision)),
             )
+
+    def _weights(self, module: nn.Module, precision: Precision) -> Iterator[Weight]:
+        """A module's own parameters, as they will be stored."""
+        copied = copies_weights(module, precision)
+        for name, param in module._parameters.items():
+            if param is None or is_lazy(param):
+                continue
+            lent = precision.activation_dtype if copied and id(param) not in self.copied else None
+            tied = id(param) in self.counted
+            yield Weight(name, tuple(param.shape), param.dtype, param.requires_grad, lent, tied)
+            self.counted.add(id(param))
+            if copied:
+                self.copied.add(id(param))
 
     def _decide(self) -> list[Decision]:
         """For every visit, the last rule that matches it, or else what governs its parent."""

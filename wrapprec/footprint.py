@@ -1,0 +1,89 @@
+"""How much state an optimizer keeps for a parameter, foreseen by one step of a parameter that has no storage."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from wrapprec.errors import PolicyError, message, nearest
+
+Shape = tuple[int, ...]
+
+
+def state_of(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[Shape], float]:
+    """Say how many bytes of state an optimizer keeps for a float32 parameter, by having it step one without storage.
+
+    Args:
+        optimizer: an optimizer, its class, or the name of one of torch's.
+
+    Returns:
+        Bytes by shape; what is not on the parameter's device (step counters) is not counted.
+
+    Raises:
+        PolicyError: no optimizer of that name, or one whose state is not made parameter by parameter.
+
+    >>> state_of("AdamW")((10, 10)), state_of("SGD")((10, 10))
+    (800.0, 0.0)
+    """
+    make = _maker(optimizer)
+
+    @functools.cache
+    def measure(shape: Shape) -> float:
+        # Some read their own numbers on the host, which parameters without storage do not allow.
+        for device in ("meta", "cpu"):
+            param = torch.nn.Parameter(torch.zeros(shape, device=device))
+            param.grad = torch.zeros(shape, device=device)
+            try:
+                stepped = make(param)
+                stepped.step()
+            except Exception as error:  # whatever somebody's optimizer raises
+                last = error
+                continue
+            state = stepped.state[param].values()
+            return float(sum(s.nbytes for s in state if isinstance(s, torch.Tensor) and s.shape != ()))
+        raise PolicyError(
+            message(
+                "an optimizer whose state can be foreseen by one step of one parameter",
+                f"{optimizer!r}, which raised {type(last).__name__}: {last}",
+                remedy="name one that keeps as much state, e.g. memory(optimizer='AdamW')",
+            )
+        )
+
+    return measure
+
+
+def _maker(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[torch.nn.Parameter], Optimizer]:
+    if isinstance(optimizer, Optimizer):
+        like = optimizer
+
+        def make(param: torch.nn.Parameter) -> Optimizer:
+            made = copy.copy(like)
+            made.state = defaultdict(dict)
+            plain = {"fused": False, "foreach": False, "capturable": False}
+            known = {key: value for key, value in plain.items() if key in like.param_groups[0]}
+            made.param_groups = [{**like.param_groups[0], **known, "params": [param]}]
+            return made
+
+        return make
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        kind: Any = optimizer
+    else:
+        names = {k.lower(): k for k, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, Optimizer)}
+        found = names.get(optimizer.lower()) if isinstance(optimizer, str) else None
+        if found is None:
+            hint = nearest(str(optimizer).lower(), names)
+            raise PolicyError(
+                message(
+                    "an optimizer, its class, or the name of one of torch.optim's",
+                    f"{optimizer!r} (of type {type(optimizer).__name__})",
+                    remedy=f"{hint}write e.g. 'AdamW' or 'SGD'",
+                )
+            )
+        kind = getattr(torch.optim, found)
+    return lambda param: kind([param])
