@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections import defaultdict
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -60,17 +59,12 @@ def state_of(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[Shape], 
 
 def _maker(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[torch.nn.Parameter], Optimizer]:
     if isinstance(optimizer, Optimizer):
-        like = optimizer
-
-        def make(param: torch.nn.Parameter) -> Optimizer:
-            made = copy.copy(like)
-            made.state = defaultdict(dict)
-            plain = {"fused": False, "foreach": False, "capturable": False}
-            known = {key: value for key, value in plain.items() if key in like.param_groups[0]}
-            made.param_groups = [{**like.param_groups[0], **known, "params": [param]}]
-            return made
-
-        return make
+        # Some make their state when they are built, so a copy with another parameter would not do.
+        taken = inspect.signature(type(optimizer)).parameters
+        group = {key: value for key, value in optimizer.param_groups[0].items() if key in taken and key != "params"}
+        plain = {"fused": False, "foreach": False, "capturable": False}
+        options = group | {key: value for key, value in plain.items() if key in group}
+        return functools.partial(_build, type(optimizer), options)
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         kind: Any = optimizer
     else:
@@ -86,4 +80,8 @@ def _maker(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[torch.nn.P
                 )
             )
         kind = getattr(torch.optim, found)
-    return lambda param: kind([param])
+    return functools.partial(_build, kind, {})
+
+
+def _build(kind: Any, options: dict[str, Any], param: torch.nn.Parameter) -> Any:
+    return kind([param], **options)
