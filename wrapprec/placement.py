@@ -83,6 +83,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
 
+    @property
+    def _master(self) -> int:
+        """Bytes kept beside each parameter that is trained in low precision: what Kahan's summation has to remember."""
+        return 2 if self.policy.rounding == "kahan" else 0
+
     @functools.cached_property
     def _by_name(self) -> dict[str, Placement]:
         return {placement.name: placement for placement in self.placements}
@@ -147,9 +152,8 @@ class Plan:
             if not isinstance(number, int) or number < 1:
                 raise PolicyError(message(f"a positive number of {name}", f"{number!r}", remedy="1 is a single device"))
         state = state_of(optimizer)
-        master = 2 if self.policy.rounding == "kahan" else 0
         held = tuple(
-            (placement.name, count(placement.weights, lambda weight: state(weight.shape), master))
+            (placement.name, count(placement.weights, lambda weight: state(weight.shape), self._master))
             for placement in self.placements
             if placement.weights
         )
@@ -168,7 +172,7 @@ class Plan:
             *(f"note        {note}" for note in self.notes),
             *(f"measured    {fact}" for fact in self.facts),
         ]
-        return "\n".join([*lines, "", *_table(self.placements)] if self.placements else lines)
+        return "\n".join([*lines, "", *_table(self.placements, self._master)] if self.placements else lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Turn into plain data that JSON can hold; the policy and its rules as text.
@@ -234,19 +238,28 @@ class Plan:
         )
 
 
-def _table(placements: tuple[Placement, ...]) -> list[str]:
-    """Lay the placements out in columns as wide as their longest entry; numbers stand right."""
-    rows = [("module", "class", "params", "param", "compute", "output", "decided by")]
-    for p in placements:
+def _table(placements: tuple[Placement, ...], master: int) -> list[str]:
+    """Lay the placements out in columns as wide as their longest entry; numbers stand right.
+
+    Bytes per parameter have columns where they are not 4 for each weight and its gradient.
+    """
+    held = [count(placement.weights, lambda weight: 0.0, master) for placement in placements]
+    with_bytes = any((h.weights, h.gradients, h.master) != (4 * h.elements, 4 * h.elements, 0) for h in held)
+    bytes_of = ("weights B", "grads B", "master B") if with_bytes else ()
+    rows = [("module", "class", "params", *bytes_of, "param", "compute", "output", "decided by")]
+    for p, h in zip(placements, held, strict=True):
         names = (dtypes.name(d) for d in (p.precision.param_dtype, p.precision.compute_dtype, p.precision.output_dtype))
         decided = "; ".join([p.rule, *_TREATED.get(p.activations, ()), *p.notes])
-        param, compute, output = names
-        rows.append((p.name or "(model)", p.module_type, f"{p.params:,}", param, compute, output, decided))
+        each = (f"{size / h.elements:.3g}" if h.elements else "-" for size in (h.weights, h.gradients, h.master))
+        rows.append(
+            (p.name or "(model)", p.module_type, f"{p.params:,}", *list(each)[: len(bytes_of)], *names, decided)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[2] = row[2].rjust(widths[2])
+        for column in range(2, 3 + len(bytes_of)):
+            cells[column] = row[column].rjust(widths[column])
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return lines
