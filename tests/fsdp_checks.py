@@ -251,7 +251,7 @@ class Tied(nn.Module):
         self.blocks = nn.ModuleList([Block()])
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.tokens((x[:, :4].abs() * 5).long() % 11)
+        tokens = self.tokens((x[:, :4] > 0).long() * 2 + (x[:, 4:] > 0).long())
         tokens = self.blocks[0](F.linear(tokens, self.mix.weight))
         return self.head(tokens).float().logsumexp(-1)
 
@@ -274,7 +274,7 @@ class Attentive(nn.Module):
         self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 16, 0.0, "gelu", batch_first=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks[0](self.entry(x.unflatten(1, (4, 2))))).squeeze(-1)
+        return self.head(self.blocks[0](self.entry(x.unflatten(1, (4, 2))))).sum(-1)
 
 
 class Frozen(Net):
@@ -487,3 +487,141 @@ def resumed_run_is_bit_identical(policy: str) -> None:
     train(fresh, fresh_optimizer, range(3, 6))
     assert all(map(torch.equal, weights(fresh), weights(model)))
     assert fresh_handle.state_dict() == handle.state_dict()
+
+
+# What is around: wrapping and unwrapping, refusals
+
+
+@check
+def unwrap_leaves_everything_as_it_was(policy: str) -> None:
+    model = net()
+    shard(model, policy, PLAIN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model)  # FSDP sets itself up at the first forward
+    optimizer.zero_grad()
+
+    def state() -> Any:
+        modules = [
+            (id(m), type(m), sorted(m.__dict__), [*map(id, m._forward_hooks)], [*map(id, m._parameters.values())])
+            for m in model.modules()
+        ]
+        return modules, sorted(optimizer.__dict__), [p.requires_grad for p in model.parameters()]
+
+    before, values = state(), weights(model)
+    handle = wrapprec.wrap(model, optimizer, policy, **scale_of(policy))
+    backward(model)
+    optimizer.zero_grad()
+    handle.unwrap()
+    assert state() == before
+    assert all(map(torch.equal, weights(model), values))
+
+
+@check
+def sharding_after_wrap_is_an_error(policy: str) -> None:
+    model = net()
+    handle = wrapprec.wrap(model, None, policy)
+    shard(model, policy)
+    remedy = "call fully_shard first, then build the optimizer from model.parameters(), then call wrapprec.wrap"
+    with raises(wrapprec.ModelChangedError, "Expected a model that was sharded before it was wrapped", remedy):
+        model(mine(data()[0]))
+    handle.unwrap()
+
+
+@check
+def policies_that_disagree_are_refused(policy: str) -> None:
+    scales = policy.startswith("16")
+    low, other = (torch.float16, torch.bfloat16) if scales else (torch.bfloat16, torch.float16)
+    with_scale = [
+        (MixedPrecisionPolicy(low, low, cast_forward_inputs=False), "gradients reduced in float32 or bfloat16"),
+        (MixedPrecisionPolicy(low, None, low, False), "outputs in float32 or bfloat16"),
+        (MixedPrecisionPolicy(low, torch.float32), "inputs left to wrapprec"),
+    ]
+    wrong = [(MixedPrecisionPolicy(other), "weights gathered in float32, or in what the policy")]
+    for told, text in wrong + (with_scale if scales else []):
+        model = net()
+        shard(model, policy, told)
+        remedy = "mp_policy=wrapprec.fsdp_policy(policy)) with the policy given to wrap"
+        with raises(wrapprec.PolicyError, f"Expected {text}", "Received: MixedPrecisionPolicy(param_dtype=", remedy):
+            wrapprec.wrap(model, None, policy)
+        assert all("forward" not in module.__dict__ for module in model.modules())
+    for told, _ in [] if scales else with_scale:
+        model, plain = net(), net()
+        _, handle = build(model, policy, told=told)
+        backward(model)
+        near(grads(model), reference(plain, [data()]), tolerance(policy))
+        handle.unwrap()
+
+
+@check
+def full_precision_gathers_full_precision(policy: str) -> None:
+    assert wrapprec.fsdp_policy("32-true").param_dtype is None
+    model, plain = net(), net()
+    _, handle = build(model, "32-true")
+    backward(model)
+    near(grads(model), reference(plain, [data()]), 1e-5)  # float32, in another order
+    handle.unwrap()
+    model = net()
+    shard(model, policy)
+    with raises(wrapprec.PolicyError, "Expected weights gathered in float32"):
+        wrapprec.wrap(model, None, "32-true")
+
+
+@check
+def parts_and_the_first_form_are_refused(policy: str) -> None:
+    model = net()
+    fully_shard(model, mp_policy=wrapprec.fsdp_policy(policy))
+    with raises(wrapprec.WrapprecError, "Expected the model that fully_shard was called on"):
+        wrapprec.wrap(model.blocks[0], None, policy)
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of a model on a CPU
+        old = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with raises(wrapprec.WrapprecError, "FullyShardedDataParallel, which is not supported", "fully_shard(model"):
+        wrapprec.wrap(old, None, policy)
+    model = net()
+    handle = wrapprec.wrap(model, None, policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        with raises(wrapprec.ModelChangedError, "FullyShardedDataParallel, which is not supported"):
+            old(mine(data()[0]))
+    handle.unwrap()
+
+
+@check
+def generation_and_evaluation_keep_no_whole_weights(policy: str) -> None:
+    model, plain = net(), net()
+    optimizer, handle = build(model, policy)
+    x = data()[0]
+    for context in (torch.no_grad, handle.frozen):
+        with context():
+            near({"out": model(x)}, {"out": plain(x).detach()}, tolerance(policy))
+        for block in model.blocks:
+            assert all(type(p.data).__name__ == "DTensor" for p in block.parameters())
+    # Weights that change are seen.
+    with torch.no_grad():
+        for one in (*model.parameters(), *plain.parameters()):
+            one.mul_(0.5)
+        near({"out": model(x)}, {"out": plain(x)}, tolerance(policy))
+    handle.unwrap()
+
+
+@check
+def gradient_penalty_is_true_where_weights_stay(policy: str) -> None:
+    model, plain = net(), net()
+    _, handle = build(model, policy, 2.0**10, reshard_after_forward=False)
+    model.set_reshard_after_backward(False)
+    x, _ = data()
+
+    def penalise(one: nn.Module, given: Tensor) -> None:
+        given = given.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(one(given).sum(), given, create_graph=True)
+        slope.square().mean().backward()
+
+    penalise(plain, x)
+    penalise(model, mine(x))
+    for part in (model, *model.blocks):
+        part.reshard()
+    near(grads(model), grads(plain), tolerance(policy))
+    handle.unwrap()
