@@ -5,17 +5,51 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wrapprec.boundary import Lend
 from wrapprec.checks import check_weights, version_of
 from wrapprec.dtypes import MIXABLE
+from wrapprec.errors import CaptureError, message, module_label
 from wrapprec.lent import Brought, joining
 from wrapprec.sharded import Managed, Whole
 
 if TYPE_CHECKING:
     from wrapprec.region import Forward
     from wrapprec.scope import Scope
+
+
+def lend_dtype(forward: Forward, given: torch.dtype) -> torch.dtype:
+    """In which dtype a weight is lent that FSDP gathers in the dtype `given`.
+
+    FSDP has one dtype for a whole block: a norm in it computes in float32 all the same.
+    """
+    if forward.region is None or forward.region.low is None:
+        return torch.float32
+    return forward.lend_dtype or given
+
+
+def refuse_compiled(where: str) -> None:
+    """Raise the error for a sharded model that is compiled under a loss scale."""
+    raise CaptureError(
+        message(
+            "a model that is sharded by FSDP to run eagerly, where a loss scale is on",
+            "torch.compile of it, or of a part of it",
+            where=where,
+            remedy="use a bf16 policy, which needs no loss scale and can be compiled, or leave torch.compile out",
+        )
+    )
+
+
+# See `capture.refuse_scale`.
+refuse_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """See `refuse_compiled`, for what was compiled before it was wrapped."""
+    for fqn, module in model.named_modules():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            refuse_compiled(module_label(fqn, module))
 
 
 def bring(scope: Scope, forward: Forward, key: str, managed: Managed, cast: bool) -> dict[str, Brought]:
@@ -33,10 +67,7 @@ def bring(scope: Scope, forward: Forward, key: str, managed: Managed, cast: bool
     given = managed.dtype
     if given not in MIXABLE:
         return {}
-    wanted = (forward.lend_dtype if cast else None) or given
-    if forward.region is None or forward.region.low is None:
-        # FSDP has one dtype for a whole block: a norm in it computes in float32 all the same.
-        wanted = torch.float32
+    wanted = lend_dtype(forward, given) if cast else given
     if wanted is given and (scope.border is None or not managed.shard.requires_grad):
         return {}
     versions: list[int] = []

@@ -19,6 +19,7 @@ from wrapprec.checks import check_dtype
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.fsdp import check_sharding
+from wrapprec.gathered import check_not_compiled
 from wrapprec.native import runner_for
 from wrapprec.operands import mended, mixes
 from wrapprec.placement import Activations
@@ -189,6 +190,9 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
     placements = {placement.name: placement for placement in plan.placements}
     parametrised: set[int] = set()
     managed = managed_below(model)
+    shared.sharded = bool(managed)
+    if shared.sharded and plan.loss_scale is not None:
+        check_not_compiled(model)
     for fqn, module in model.named_modules():
         if isinstance(module, ParametrizationList):
             parametrised.update(map(id, module.modules()))

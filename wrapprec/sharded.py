@@ -52,9 +52,10 @@ class Managed:
         self._of = weakref.ref(fsdp_param)
 
     @property
-    def shard(self) -> Any:
+    def shard(self) -> Tensor:
         """The parameter that the optimizer knows: a DTensor."""
-        return self._fsdp_param.sharded_param
+        shard: Tensor = self._fsdp_param.sharded_param
+        return shard
 
     @property
     def dtype(self) -> torch.dtype:

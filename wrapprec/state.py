@@ -73,6 +73,7 @@ class Shared:
         # The types of device whose switches for fast float32 products this model has turned on.
         self.hastened: set[str] = set()
         self.ranks = Ranks()
+        self.sharded = False  # FSDP manages some of the parameters
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
