@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ CHECKS: dict[str, Callable[[str], None]] = {}
 def check(function: Callable[[str], None]) -> Callable[[str], None]:
     CHECKS[function.__name__] = function
     return function
+
+
+def check_with(*policies: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
+    """For what takes long, or does not depend on the policy: with these only."""
+
+    def mark(function: Callable[[str], None]) -> Callable[[str], None]:
+        function.policies = list(policies)  # type: ignore[attr-defined]
+        return check(function)
+
+    return mark
 
 
 # Models, comparison
@@ -151,7 +162,7 @@ PLAIN = MixedPrecisionPolicy()
 
 @check
 def gradients_are_the_mean(policy: str) -> None:
-    for again, told, reshard in itertools.product((False, True), (None, PLAIN), (True, False)):
+    for again, told, reshard in ((False, None, True), (True, None, True), (True, PLAIN, True), (False, PLAIN, False)):
         model, plain = net(), net()
         model.again = plain.again = again
         wanted = reference(plain, [data()])
@@ -167,7 +178,9 @@ def gradients_are_the_mean(policy: str) -> None:
         optimizer.step()
         torch.optim.SGD(plain.parameters(), lr=0.1).step()
         moved = {str(i): new - old for i, (new, old) in enumerate(zip(weights(model), before, strict=True))}
-        should = {str(i): new.detach() - old for i, (new, old) in enumerate(zip(plain.parameters(), before, strict=True))}
+        should = {
+            str(i): new.detach() - old for i, (new, old) in enumerate(zip(plain.parameters(), before, strict=True))
+        }
         near(moved, should, tolerance(policy))
         agreed(handle, model)
         assert not handle.step_was_skipped
@@ -318,7 +331,7 @@ class Refined(nn.Module):
         return self.own(torch.tanh(self.blocks[0](x)))
 
 
-@check
+@check_with("16-mixed", "bf16-module")
 def ignored_parameters_are_lent_as_usual(policy: str) -> None:
     model, plain = net(Refined), net(Refined)
     ignored = set(model.own.parameters())
@@ -358,7 +371,7 @@ def norms_compute_in_float32(policy: str) -> None:
             model[1].weight.fill_(1 + 2**-14)  # not to be had in low precision
         if alone:
             fully_shard(model[1], mp_policy=wrapprec.fsdp_policy("32-true"))
-        optimizer, handle = build(model, policy)
+        _, handle = build(model, policy)
         model[2].register_forward_pre_hook(lambda module, args: seen.append(("after", args[0].dtype)))
         backward(model)
         assert dict(seen)["weight"] is torch.float32 and dict(seen)["x"] is torch.float32, seen
@@ -371,9 +384,8 @@ def norms_compute_in_float32(policy: str) -> None:
 @check
 def overflow_on_one_rank_skips_on_all(policy: str) -> None:
     scales = policy.startswith("16")
-    for told, syncs, kind in itertools.product(
-        (None, PLAIN), (True, False), (None, lambda params: torch.optim.AdamW(params, lr=0.01, fused=True))
-    ):
+    fused = functools.partial(torch.optim.AdamW, lr=0.01, fused=True)
+    for told, syncs, kind in ((None, True, None), (None, False, fused), (PLAIN, True, fused), (PLAIN, False, None)):
         model = net()
         optimizer, handle = build(model, policy, LossScale(init_scale=64.0, growth_interval=2), told, kind)
         for step, bad in enumerate([None, 0, 1, None, None]):
@@ -422,9 +434,7 @@ def zeroed_gradients_forget_an_overflow(policy: str) -> None:
 
 
 class Checkpointed(Net):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
+    reentrant = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.entry(x)
@@ -439,9 +449,10 @@ def checkpointed_blocks_have_true_gradients(policy: str) -> None:
         warnings.simplefilter("ignore")  # torch's own
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     wanted = reference(net(), [data()])
-    for told, reshard in itertools.product((None, PLAIN), (True, False)):
+    for told, reshard in ((None, True), (PLAIN, True), (None, False)):
         for form in ("wrapper", "function", "reentrant"):
-            model = net() if form == "wrapper" else net(lambda: Checkpointed(form == "reentrant"))
+            model = net() if form == "wrapper" else net(Checkpointed)
+            model.reentrant = form == "reentrant"
             if form == "wrapper":
                 model.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in model.blocks)
             optimizer, handle = build(model, policy, 2.0**10, told, reshard_after_forward=reshard)
@@ -453,7 +464,7 @@ def checkpointed_blocks_have_true_gradients(policy: str) -> None:
             handle.unwrap()
 
 
-@check
+@check_with("16-mixed", "bf16-module")
 def resumed_run_is_bit_identical(policy: str) -> None:
     def train(model: Any, optimizer: Any, steps: range) -> None:
         for step in steps:
@@ -516,7 +527,7 @@ def unwrap_leaves_everything_as_it_was(policy: str) -> None:
     assert all(map(torch.equal, weights(model), values))
 
 
-@check
+@check_with("bf16-mixed", "16-module")
 def sharding_after_wrap_is_an_error(policy: str) -> None:
     model = net()
     handle = wrapprec.wrap(model, None, policy)
@@ -527,7 +538,7 @@ def sharding_after_wrap_is_an_error(policy: str) -> None:
     handle.unwrap()
 
 
-@check
+@check_with("bf16-mixed", "16-mixed")
 def policies_that_disagree_are_refused(policy: str) -> None:
     scales = policy.startswith("16")
     low, other = (torch.float16, torch.bfloat16) if scales else (torch.bfloat16, torch.float16)
@@ -552,7 +563,7 @@ def policies_that_disagree_are_refused(policy: str) -> None:
         handle.unwrap()
 
 
-@check
+@check_with("bf16-mixed", "16-module")
 def full_precision_gathers_full_precision(policy: str) -> None:
     assert wrapprec.fsdp_policy("32-true").param_dtype is None
     model, plain = net(), net()
@@ -566,7 +577,7 @@ def full_precision_gathers_full_precision(policy: str) -> None:
         wrapprec.wrap(model, None, "32-true")
 
 
-@check
+@check_with("16-mixed")
 def parts_and_the_first_form_are_refused(policy: str) -> None:
     model = net()
     fully_shard(model, mp_policy=wrapprec.fsdp_policy(policy))
@@ -592,7 +603,7 @@ def parts_and_the_first_form_are_refused(policy: str) -> None:
 @check
 def generation_and_evaluation_keep_no_whole_weights(policy: str) -> None:
     model, plain = net(), net()
-    optimizer, handle = build(model, policy)
+    _, handle = build(model, policy)
     x = data()[0]
     for context in (torch.no_grad, handle.frozen):
         with context():
@@ -675,10 +686,9 @@ class Wide(nn.Module):
 
 
 def split(model: Any, mesh: Any, sequence: bool = False) -> Any:
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
-        PrepareModuleInput,
         RowwiseParallel,
         SequenceParallel,
         parallelize_module,
@@ -751,7 +761,7 @@ def sequence_parallel_norms_have_true_gradients(policy: str) -> None:
     handle.unwrap()
 
 
-@check
+@check_with("16-mixed", "16-module", "bf16-module")
 def tensor_parallel_blocks_can_be_sharded(policy: str) -> None:
     """Two dimensions: split over pairs of processes, and sharded over the pairs."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -760,9 +770,9 @@ def tensor_parallel_blocks_can_be_sharded(policy: str) -> None:
     part = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
     for told in (None, PLAIN):
         model, plain = split(net(Wide), mesh["tensor"]), net(Wide)
-        optimizer, handle = build(model, policy, 2.0**10, told, mesh=mesh["data"], kind=lambda p: torch.optim.SGD(
-            p, lr=0.1, foreach=False
-        ))
+        optimizer, handle = build(
+            model, policy, 2.0**10, told, mesh=mesh["data"], kind=lambda p: torch.optim.SGD(p, lr=0.1, foreach=False)
+        )
         F.mse_loss(model(x[part]), y[part]).backward()
         near(grads(model), reference(plain, [(x, y)]), tolerance(policy))
         optimizer.step()
@@ -771,8 +781,14 @@ def tensor_parallel_blocks_can_be_sharded(policy: str) -> None:
         handle.unwrap()
 
 
-@check
+@check_with("bf16-mixed", "16-mixed")
 def compiled_blocks_are_true_or_refused(policy: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own
+        run_compiled(policy)
+
+
+def run_compiled(policy: str) -> None:
     wanted = reference(net(), [data()])
     for whole_model in (False, True):
         torch._dynamo.reset()

@@ -22,6 +22,10 @@ WITH_FOUR = [
 WITH_TWO = [name for name in fsdp_checks.CHECKS if name not in WITH_FOUR]
 
 
+def cases(names: list[str]) -> list[tuple[str, str]]:
+    return [(name, policy) for name in names for policy in ddp_checks.policies_of(fsdp_checks.CHECKS[name])]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: Any) -> dict[str, str]:
     return ddp_checks.run(tmp_path_factory.mktemp("two"), 2, WITH_TWO, fsdp_checks.CHECKS)
@@ -32,14 +36,12 @@ def four(tmp_path_factory: Any) -> dict[str, str]:
     return ddp_checks.run(tmp_path_factory.mktemp("four"), 4, WITH_FOUR, fsdp_checks.CHECKS)
 
 
-@pytest.mark.parametrize("policy", ddp_checks.POLICIES)
-@pytest.mark.parametrize("name", WITH_TWO)
+@pytest.mark.parametrize(("name", "policy"), cases(WITH_TWO))
 def test_two_processes(two: dict[str, str], name: str, policy: str) -> None:
     assert two.get(f"{name} {policy}", "not run, after another's failure") == "passed"
 
 
-@pytest.mark.parametrize("policy", ddp_checks.POLICIES)
-@pytest.mark.parametrize("name", WITH_FOUR)
+@pytest.mark.parametrize(("name", "policy"), cases(WITH_FOUR))
 def test_four_processes(four: dict[str, str], name: str, policy: str) -> None:
     assert four.get(f"{name} {policy}", "not run, after another's failure") == "passed"
 
