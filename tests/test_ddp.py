@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import ddp_checks
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
@@ -21,26 +17,14 @@ if importlib.util.find_spec("accelerate") is None:
     WITH_TWO = [name for name in WITH_TWO if not name.startswith("accelerator")]
 
 
-def run(folder: Path, processes: int, names: list[str]) -> dict[str, str]:
-    """What came of each check: starting processes takes seconds, so those of one group run them all."""
-    arguments = processes, names, str(folder / "rendezvous"), str(folder)
-    with contextlib.suppress(mp.ProcessRaisedException, mp.ProcessExitedException):
-        mp.spawn(ddp_checks.main, arguments, nprocs=processes)
-    outcomes: dict[str, str] = {}
-    for report in (folder / str(rank) for rank in range(processes)):
-        for name, outcome in torch.load(report).items() if report.exists() else ():
-            outcomes[name] = outcome if outcomes.get(name, "passed") == "passed" else outcomes[name]
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: Any) -> dict[str, str]:
-    return run(tmp_path_factory.mktemp("two"), 2, WITH_TWO)
+    return ddp_checks.run(tmp_path_factory.mktemp("two"), 2, WITH_TWO, ddp_checks.CHECKS)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: Any) -> dict[str, str]:
-    return run(tmp_path_factory.mktemp("four"), 4, WITH_FOUR)
+    return ddp_checks.run(tmp_path_factory.mktemp("four"), 4, WITH_FOUR, ddp_checks.CHECKS)
 
 
 @pytest.mark.parametrize("policy", ddp_checks.POLICIES)

@@ -13,6 +13,7 @@ from wrapprec.errors import (
     WrapprecError,
     WrapprecWarning,
 )
+from wrapprec.fsdp import fsdp_policy
 from wrapprec.handle import Handle
 from wrapprec.island import float32
 from wrapprec.outward import leave
@@ -42,6 +43,7 @@ __all__ = [
     "WrapprecError",
     "WrapprecWarning",
     "float32",
+    "fsdp_policy",
     "handle_of",
     "leave",
     "resolve",

@@ -33,6 +33,7 @@ from wrapprec.border import Border, running
 from wrapprec.dtypes import LOW
 from wrapprec.flags import check_and_scale_, real, scalar, values_of
 from wrapprec.levels import physically
+from wrapprec.sharded import is_distributed_tensor, local
 
 if TYPE_CHECKING:
     from wrapprec.bucket import Bucket
@@ -176,7 +177,7 @@ class Lend(Crossing):
 
     @staticmethod
     def _cast(bucket: Bucket, dtypes: Dtypes, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if bucket.multi_tensor:
+        if bucket.multi_tensor and not any(map(is_distributed_tensor, tensors)):
             cast = [(t, d) for t, d in zip(tensors, dtypes, strict=True) if d not in (None, t.dtype)]
             low = [torch.empty_like(t, dtype=d) for t, d in cast]
             if low:
@@ -218,7 +219,7 @@ class Lend(Crossing):
             low = tuple(ctx.low[i] for i in wanted)
             returned = Return.apply(ctx.border, ctx.bucket, low, tensors, *(grads[i] for i in wanted))
             for i, grad in zip(wanted, returned, strict=True):
-                true[i] = grad
+                true[i] = ctx.bucket.deliver(ctx.tensors[i], grad)
         return None, None, None, *true
 
 
@@ -237,15 +238,16 @@ class Return(Crossing):
     ) -> tuple[Tensor, ...]:
         dense = [i for i, grad in enumerate(grads) if grad.layout is torch.strided]
         true: list[Tensor] = list(grads)
-        if bucket.multi_tensor and dense:
-            fresh = [torch.empty_like(grads[i], dtype=tensors[i].dtype) for i in dense]
+        into = [bucket.grad_dtype(tensor) for tensor in tensors]
+        if bucket.multi_tensor and dense and not any(map(is_distributed_tensor, grads)):
+            fresh = [torch.empty_like(grads[i], dtype=into[i]) for i in dense]
             torch._foreach_copy_(fresh, [grads[i] for i in dense])
             for i, grad in zip(dense, fresh, strict=True):
                 true[i] = grad
         else:
             for i in dense:
-                true[i] = grads[i].to(tensors[i].dtype, copy=True)
-        checked = [real(true[i]) for i in dense]
+                true[i] = grads[i].to(into[i], copy=True)
+        checked = [real(local(true[i])) for i in dense]
         for i, grad in enumerate(grads):
             if grad.layout is not torch.strided:
                 values = grad._values().to(tensors[i].dtype, copy=True)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from wrapprec.sharded import local
+
 _recording = threading.RLock()
 """Held for a record: backwards on several threads, and one backward's threads for several devices, may meet in it."""
 
@@ -102,6 +104,14 @@ class Bucket:
         self.params += fresh
         self.versions += [p._version for p in fresh]
 
+    def grad_dtype(self, leaf: Tensor) -> torch.dtype:
+        """In which dtype the true gradient of a parameter is given back."""
+        return leaf.dtype
+
+    def deliver(self, leaf: Tensor, grad: Tensor) -> Tensor | None:
+        """Take a true gradient of that dtype; returns what autograd is to accumulate."""
+        return grad
+
     def _leave_backward(self) -> None:
         self.left = self._first_gradient()
 
@@ -116,7 +126,7 @@ class Bucket:
         A change that no patched step made would be an overflow that nobody saw.
         """
         for i, param in enumerate(self.params):
-            if id(param) in ids:
+            if id(getattr(param, "shard", param)) in ids:
                 self.versions[i] = param._version
 
     def changed(self) -> bool:
@@ -150,7 +160,7 @@ class Bucket:
 
 def _not_all_zero(params: list[Tensor], device: torch.device) -> Tensor:
     """1.0 unless every gradient is zero: float32, shape (), on `device`; nothing is read on the host."""
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [local(p.grad) for p in params if p.grad is not None]
     if any(grad.layout is not torch.strided for grad in grads):
         return torch.ones((), dtype=torch.float32, device=device)
     with torch.no_grad():

@@ -75,6 +75,17 @@ def check_dtype(forward: Forward, key: str, param: Tensor) -> str | None:
     )
 
 
+def sharded_since(forward: Forward) -> str:
+    """Say what is wrong with a model that FSDP was given after `wrap`."""
+    return message(
+        "a model that was sharded before it was wrapped",
+        "one that fully_shard (or FullyShardedDataParallel, which is not supported) has changed since",
+        where=module_label(forward.name, forward.module),
+        remedy="call fully_shard first, then build the optimizer from model.parameters(), then call"
+        " wrapprec.wrap(model, optimizer, policy)",
+    )
+
+
 def check_inputs(inputs: Iterable[tuple[Tensor, Tensor, int]], forward: Forward) -> None:
     """Refuse a write into an input that requires grad: the tensor that the caller holds would miss its gradient.
 

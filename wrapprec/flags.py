@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wrapprec.sharded import local
+
 
 def scalar(number: Tensor, like: Tensor) -> Tensor:
     """A number where a tensor is."""
@@ -19,7 +21,8 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor, sharing its memory, of whatever layout it is."""
+    """The numbers of a tensor on this rank, sharing its memory, of whatever layout it is."""
+    tensor = local(tensor)
     if tensor.layout is torch.strided:
         return tensor
     return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
@@ -48,7 +51,7 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 
 def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
     """1.0 if any gradient holds inf or nan, else 0.0; float32 of shape () on `device`, no host read."""
-    dense = [g._values() if g.layout is torch.sparse_coo else g for g in grads]
+    dense = [g._values() if g.layout is torch.sparse_coo else g for g in map(local, grads)]
     fits = [g.is_floating_point() and torch._debug_has_internal_overlap(g) == 0 for g in dense]
     plain = [g for g, fit in zip(dense, fits, strict=True) if fit]
     flags = check_and_scale_(plain, torch.ones((), dtype=torch.float32, device=device)) if plain else []

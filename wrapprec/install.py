@@ -18,12 +18,15 @@ from wrapprec.checks import check_dtype
 from wrapprec.defaults import is_cast_by_autocast
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
+from wrapprec.fsdp import check_sharding
+from wrapprec.gathered import check_not_compiled
 from wrapprec.native import runner_for
 from wrapprec.operands import mended, mixes
 from wrapprec.placement import Activations
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
 from wrapprec.region import Forward, Region
+from wrapprec.sharded import MARK, managed_below
 from wrapprec.standin import forward_of, place_of
 from wrapprec.state import Request, Shared
 from wrapprec.undo import UndoStack
@@ -58,6 +61,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     """
     _check_unwrapped(model, siblings)
     plan = _resolve(model, request)
+    check_sharding(model, plan)
     device = torch.device(plan.device)
     shared = Shared(model, request, plan, backend_for(device), device)
     shared.refresh = refresh
@@ -66,7 +70,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     shared.ranks.look_below(model)
     for forward in forward_of(model).tree():
         for key, param in forward.module._parameters.items():
-            problem = None if param is None else check_dtype(forward, key, param)
+            problem = None if param is None or key in (forward.managed or ()) else check_dtype(forward, key, param)
             if problem is not None and shared.mixed:
                 raise PolicyError(problem)
     shared.partition(forward_of(model).tree())
@@ -170,6 +174,10 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
     regions: Regions = {}
     placements = {placement.name: placement for placement in plan.placements}
     parametrised: set[int] = set()
+    managed = managed_below(model)
+    shared.sharded = bool(managed)
+    if shared.sharded and plan.loss_scale is not None:
+        check_not_compiled(model)
     for fqn, module in model.named_modules():
         if isinstance(module, ParametrizationList):
             parametrised.update(map(id, module.modules()))
@@ -185,6 +193,7 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals, and
             # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
+        own.managed = managed.get(id(module), {}) if MARK in module.__dict__ else None
         _configure(own, placement, shared, regions)
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" and isinstance(module._orig_mod.__dict__.get("forward"), Forward):

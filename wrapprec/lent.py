@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, ItemsView, ValuesView
 from threading import get_ident
 from typing import Any
@@ -70,6 +71,36 @@ class Awaited:
         self.weight = None if value.is_meta else nn.Parameter(value.detach().to(self.dtype), requires_grad=False)
 
 
+class Brought:
+    """A weight that FSDP puts into its module when that is called, and takes away again, once or more in a scope.
+
+    Args:
+        make: gives what is lent for what FSDP has put there.
+        check: of what was lent, that it was not written to.
+    """
+
+    __slots__ = ("brought", "check", "lent", "make")
+
+    def __init__(self, make: Callable[[Tensor], Tensor], check: Callable[[Tensor], None]) -> None:
+        self.make = make
+        self.check = check
+        self.brought: Tensor | None = None
+        self.lent: Tensor | None = None
+
+    def see(self, brought: Tensor) -> Tensor:
+        """What is lent for what the module has now."""
+        if self.lent is None or self.brought is not brought:
+            self.drop()
+            self.brought, self.lent = brought, self.make(brought)
+        return self.lent
+
+    def drop(self) -> None:
+        """The weight is taken away: nothing of it may be kept."""
+        if self.lent is not None:
+            lent, self.brought, self.lent = self.lent, None, None
+            self.check(lent)
+
+
 class Lent(dict[str, Any]):
     """A module's parameters by name: the originals, and per thread the weights lent in their place.
 
@@ -84,6 +115,7 @@ class Lent(dict[str, Any]):
         self.overlays: dict[int, list[Weights]] = {}
         # An RNN keeps a list of its weights, and rebuilds it when it finds others in their place.
         self.flat = {name: module.__dict__[name] for name in _RNN_ATTRIBUTES if name in module.__dict__}
+        self.flat_names: list[str] = module.__dict__.get("_flat_weights_names", [])
 
     def base(self) -> dict[str, Any]:
         """The originals."""
@@ -102,6 +134,8 @@ class Lent(dict[str, Any]):
                 weight = overlay[name] = weight.make()
             elif type(weight) is Awaited:
                 weight = dict.__getitem__(self, name) if weight.weight is None else weight.weight
+            elif type(weight) is Brought:
+                weight = weight.see(dict.__getitem__(self, name))
             return weight
         return dict.__getitem__(self, name)
 
@@ -126,6 +160,12 @@ class Lent(dict[str, Any]):
             if type(overlay[name]) is Awaited:
                 overlay[name].take(value)
                 return
+            if type(overlay[name]) is Brought:
+                dict.__setitem__(self, name, value)
+                self.original[name] = value
+                self._bring_flat(name, value)
+                overlay[name].drop()
+                return
             # torch.func.functional_call swaps tensors in and out; a Parameter that stays is kept by `settle`.
             overlay[name] = value
             return
@@ -133,6 +173,14 @@ class Lent(dict[str, Any]):
         self.original[name] = value
         if overlay is not None:
             overlay.pop(name, None)
+
+    def _bring_flat(self, name: str, value: Tensor) -> None:
+        """An RNN's own list of weights, which it will get back, has what FSDP has put in place."""
+        names = self.flat_names
+        if name in names and "_flat_weights" in self.flat:
+            self.flat["_flat_weights"][names.index(name)] = value
+            if "_flat_weight_refs" in self.flat:
+                self.flat["_flat_weight_refs"][names.index(name)] = weakref.ref(value)
 
     def __delitem__(self, name: str) -> None:
         dict.__delitem__(self, name)

@@ -1,4 +1,4 @@
-"""What the processes of one DistributedDataParallel agree on: whether to skip a step, and the loss scale."""
+"""What the processes that train one model agree on: whether to skip a step, and the loss scale."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from wrapprec.errors import WrapprecError, message
 from wrapprec.flags import non_finite
 from wrapprec.scale import Scaler
+from wrapprec.sharded import is_distributed_tensor
 
 if TYPE_CHECKING:
     from wrapprec.state import Shared
@@ -35,6 +36,7 @@ class Ranks:
     def __init__(self) -> None:
         self._ddps: list[weakref.ref[DDP]] = []
         self._searched = False
+        self._meshes: list[Any] = []
         # By the id of one of them: the contexts that were made with the configuration it has.
         self._joins: dict[int, tuple[Any, list[weakref.ref[Join]]]] = {}
 
@@ -75,16 +77,25 @@ class Ranks:
 
     def search(self, ids: set[int]) -> None:
         """Look, once, for those that hold parameters known by `ids`, if none is known so far."""
-        if self._searched or self.ddps:
+        if self._searched or self.ddps or self._meshes:
             return
         self._searched = True
         for ddp in _alive(DDP):
             if any(id(param) in ids for param in ddp.parameters()):
                 self.add(ddp)
 
+    def see(self, param: Tensor) -> None:
+        """Take note of the mesh of processes that a parameter is spread over, if it is a DTensor."""
+        if is_distributed_tensor(param):
+            mesh = param.device_mesh  # type: ignore[attr-defined]
+            if all(mesh is not known for known in self._meshes):
+                self._meshes.append(mesh)
+
     def groups(self) -> list[Any]:
-        """The process groups of more than one process."""
+        """The process groups of more than one process: of a mesh, one for each of its dimensions."""
         groups = {id(ddp.process_group): ddp.process_group for ddp in self.ddps}
+        for mesh in self._meshes:
+            groups |= {id(group): group for group in mesh.get_all_groups()}
         return [group for group in groups.values() if dist.get_world_size(group) > 1]
 
     @property
@@ -146,7 +157,7 @@ def agree(members: Iterable[tuple[Ranks, Scaler, set[int]]], numbers: Tensor) ->
         for group in () if ranks.joining else ranks.groups():
             groups.setdefault(id(group), (group, []))[1].append(scaler)
     for group, scalers in groups.values():
-        standing = [scaler.standing().to(numbers.device) for scaler in scalers]
+        standing = [scaler.standing(touched.get(id(scaler))).to(numbers.device) for scaler in scalers]
         both = torch.cat([numbers, *standing])
         dist.all_reduce(both, dist.ReduceOp.MAX, group)
         numbers, *standing = both.split([len(numbers), *(len(one) for one in standing)])

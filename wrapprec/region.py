@@ -17,7 +17,7 @@ from torch import nn
 from wrapprec import again, levels, traced
 from wrapprec.capture import Recorded, has_no_backward, is_symbolic
 from wrapprec.cast import cast_tree, lower
-from wrapprec.checks import check_backwards, check_dtype, warn_of_autocast, warn_of_hooks
+from wrapprec.checks import check_backwards, check_dtype, sharded_since, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
@@ -28,6 +28,7 @@ from wrapprec.policy import Precision
 from wrapprec.recompute import recomputed, remember_frame
 from wrapprec.replicas import Replica, is_replica, replicated
 from wrapprec.scope import Scope
+from wrapprec.sharded import MARK, Managed
 from wrapprec.standin import StandIn, forward_of
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
@@ -96,6 +97,7 @@ class Forward(Recorded, StandIn):
         wide: where `region` is None, what stands in under torch.func, forward-mode AD and export: they take no mix.
         lend_dtype: the dtype its own parameters are lent in, or None for their own.
         freeze_dtype: the dtype they are lent in inside `frozen()`.
+        managed: of its parameters, those that FSDP manages; None where it did not manage the module at `wrap`.
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
         multi_tensor: its weights are cast in one pass with others.
         sparse: its weights get sparse gradients, which torch's own cast cannot take back.
@@ -110,6 +112,7 @@ class Forward(Recorded, StandIn):
     wide: Region | None
     lend_dtype: torch.dtype | None
     freeze_dtype: torch.dtype | None
+    managed: dict[str, Managed] | None
     output_dtype: torch.dtype | None
     multi_tensor: bool
     sparse: bool
@@ -136,8 +139,7 @@ class Forward(Recorded, StandIn):
             return type(self.module).forward.__get__(self.module)
         return self.replaced
 
-    # For inspect.signature.
-    __wrapped__ = original
+    __wrapped__ = original  # for inspect.signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -248,8 +250,7 @@ class Forward(Recorded, StandIn):
                 if isinstance(own, Forward) and own.shared is self.shared:
                     found.append(own if own.module is module else own.move_to(module))
             self._forwards = found
-            below = self.module.modules()
-            self._complete = all(isinstance(forward_of(module), Forward) for module in below)
+            self._complete = all(isinstance(forward_of(module), Forward) for module in self.module.modules())
             # Last: it tells other threads that the rest is there.
             self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in found]
         return self._forwards
@@ -270,11 +271,12 @@ class Forward(Recorded, StandIn):
         shared = self.shared
         if shared.root is None and self.name == "":
             shared.root = weakref.ref(self.module)
-        if not self._tree:
-            self.tree()
+        self.tree()
         mixed = shared.mixed
         device, stale = None, not self._complete
         for forward, modules, children in self._tree:
+            if (MARK in forward.module.__dict__) is (forward.managed is None):
+                raise ModelChangedError(sharded_since(forward))
             if len(modules) != len(children) or tuple(modules.values()) != children:
                 stale = True
             for key, param in forward.module._parameters.items():
@@ -282,7 +284,7 @@ class Forward(Recorded, StandIn):
                     continue
                 if device is None and not param.is_meta:
                     device = param.device
-                if mixed and param.dtype is not torch.float32:
+                if mixed and param.dtype is not torch.float32 and key not in (forward.managed or ()):
                     problem = check_dtype(forward, key, param)
                     if problem is not None:
                         raise ModelChangedError(problem)

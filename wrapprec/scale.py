@@ -117,10 +117,15 @@ class Scaler:
             setattr(self, name, torch.where(there > 0, getattr(self, name), value))
         self.seen.copy_(torch.where(there > 0, self.seen, seen))
 
-    def standing(self) -> Tensor:
-        """What ranks agree on by taking the largest of each: the lowest scale, and what any of them saw."""
+    def standing(self, elsewhere: Tensor | None = None) -> Tensor:
+        """What ranks agree on by taking the largest of each: the lowest scale, and what any of them saw.
+
+        Args:
+            elsewhere: what `stand_at` returned for another group of ranks; it holds for this one too.
+        """
         lowest = torch.stack([self.scale, self.growth_tracker, self.hysteresis]).neg()
         touched = torch.full((), float(self.touched), dtype=torch.float32, device=self.device)
+        touched = touched if elsewhere is None else torch.maximum(touched, elsewhere.to(touched))
         return torch.cat([lowest, torch.stack([self.consecutive, self.seen, touched])])
 
     def stand_at(self, standing: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
+from wrapprec.gathered import bring
 from wrapprec.lent import Awaited, Later, Weights, freeze, joining, lend, originals, take_back
 from wrapprec.modes import Modes, graphs_lend
 from wrapprec.outward import cross_out
@@ -124,9 +125,11 @@ class Scope:
                     if param is not None:
                         self.done.discard(id(forward))
                     continue
+                if forward.managed and key in forward.managed:
+                    weights |= bring(self, forward, key, forward.managed[key], key not in made_of)
+                    continue
                 low = forward.lend_dtype if frozen is None else forward.freeze_dtype
-                dtype = None if key in made_of else low  # the result is cast
-                dtype = dtype if param.dtype in MIXABLE and param.dtype != dtype else None
+                dtype = low if param.dtype in MIXABLE and param.dtype != low and key not in made_of else None
                 border = self.border is not None and self._differentiates(param)
                 if dtype is None and not border:
                     continue
@@ -143,8 +146,7 @@ class Scope:
                     group.append(entry)
                     weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
             if weights:
-                # Noted first, so that an interrupt in between leaves nothing lent.
-                self.loans.append((forward.module, weights))
+                self.loans.append((forward.module, weights))  # first: an interrupt in between leaves nothing lent
                 if replica is None:
                     lend(forward.module, weights)
                 else:
@@ -174,8 +176,7 @@ class Scope:
             return known
         fresh = {(id(p), d): (p, d) for _, _, p, d in entries if (id(p), d) not in self.memo}
         with self.modes.restore(), joining:
-            dtypes = tuple(d for _, d in fresh.values())
-            made = Lend.apply(self.border, bucket, dtypes, *(p for p, _ in fresh.values()))
+            made = Lend.apply(self.border, bucket, tuple(d for _, d in fresh.values()), *(p for p, _ in fresh.values()))
         self.memo.update(zip(fresh, made, strict=True))
         for forward, key, param, dtype in entries:
             weight = self.memo[id(param), dtype]
@@ -194,8 +195,7 @@ class Scope:
         self.carried.bring_in(tree)
         if border is None:
             return tree
-        alone = self.shared.enter_thread()
-        self.carried.bring_in_attributes(forward.tree(), alone)
+        self.carried.bring_in_attributes(forward.tree(), self.shared.enter_thread())
 
         def come_in(tensor: Tensor) -> Tensor:
             if not self._differentiates(tensor):

@@ -73,6 +73,7 @@ class Shared:
         # The types of device whose switches for fast float32 products this model has turned on.
         self.hastened: set[str] = set()
         self.ranks = Ranks()
+        self.sharded = False  # FSDP manages some of the parameters
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
@@ -110,7 +111,10 @@ class Shared:
         """The model's own parameters."""
         root = None if self.root is None else self.root()
         for module in () if root is None else root.modules():
-            yield from (param for param in originals(module).values() if param is not None)
+            managed = getattr(forward_of(module), "managed", None) or {}
+            for name, param in originals(module).items():
+                if param is not None:
+                    yield managed[name].shard if name in managed else param
 
     def trained_by(self, owner: Any) -> bool:
         """Whether `owner` steps one of the model's parameters."""
@@ -137,7 +141,9 @@ class Shared:
             for name, param in originals(forward.module).items():
                 if param is None:
                     continue
+                param = forward.managed[name].shard if forward.managed and name in forward.managed else param
                 known.add(id(param))
+                self.ranks.see(param)
                 owners = tuple(owner for owner, ids in owned if id(param) in ids)
                 key = tuple(id(owner) for owner in owners)
                 bucket, size = open_buckets.get(key, (None, 0))

@@ -18,6 +18,7 @@ from wrapprec.computed import Computed, computed_by_hooks
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import module_label
+from wrapprec.gathered import lend_dtype, refuse_compiled
 from wrapprec.native import narrow_masks
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return _part(forward, scope, args, kwargs)
     shared = forward.shared
     scaler = shared.scaler if torch.is_grad_enabled() else None
+    if scaler is not None and shared.sharded:
+        refuse_compiled(module_label(forward.name, forward.module))
     # Not is_exporting(): dynamo of torch 2.9 takes that for true whatever it traces for.
     if scaler is not None and torch.compiler._is_exporting_flag:
         if not torch.onnx.is_in_onnx_export():
@@ -138,6 +141,8 @@ def _part(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str,
     loans: list[tuple[Any, str, Any]] = []
     try:
         scale = opened.total if scope.border is not None and torch.is_grad_enabled() else None
+        if scale is not None and forward.shared.sharded:
+            refuse_compiled(module_label(forward.name, forward.module))
         _lend(forward, scale, loans)
         return _with_computed(forward, opened, args, kwargs, scale)
     finally:
@@ -180,6 +185,10 @@ def _lend(forward: Forward, scale: Any, loans: list[tuple[Any, str, Any]]) -> No
             if param is None:
                 continue
             low = None if name in below.computed else below.lend_dtype
+            if below.managed and name in below.managed:
+                if param is below.managed[name].shard:
+                    continue
+                low = lend_dtype(below, param.dtype)
             dtype = low if param.dtype in MIXABLE and low is not None else param.dtype
             border = scale is not None and param.requires_grad
             if dtype == param.dtype and not border:
