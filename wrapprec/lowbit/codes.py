@@ -48,15 +48,22 @@ def dequantise(low: Low, like: Tensor) -> Tensor:
     """Give back the values that `quantise` rounded to.
 
     Args:
-        low: from `quantise`, or what an optimizer that was never converted has made of it: codes as floats.
+        low: from `quantise`; also as an optimizer that was never converted has loaded it.
         like: has the shape, dtype, device and strides that the state has: the parameter.
     """
-    codes = low["codes"].to(device=like.device, dtype=torch.uint8)
-    absmax = low["absmax"].to(device=like.device, dtype=torch.float32)
+    low = restore(low)
+    codes, absmax = low["codes"].to(like.device), low["absmax"].to(like.device)
     flat = (_dequantise_8 if low["bits"] == 8 else _dequantise_4)(codes, absmax, low["signed"])[: like.numel()]
     if like.dtype is torch.float32 and like.is_contiguous():
         return flat.view(like.shape)
     return torch.empty_like(like, requires_grad=False).copy_(flat.view(like.shape))
+
+
+def restore(low: Low) -> Low:
+    """Make codes of what an optimizer that was never converted made of them when it loaded them: floats."""
+    if low["codes"].dtype is torch.uint8:
+        return low
+    return {**low, "codes": low["codes"].to(torch.uint8), "absmax": low["absmax"].to(torch.float32)}
 
 
 def size(low: Low) -> int:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from wrapprec.errors import PolicyError, message
-from wrapprec.lowbit.codes import Low, dequantise, is_low, load_kernels, quantise
+from wrapprec.lowbit.codes import Low, dequantise, is_low, load_kernels, quantise, restore
 from wrapprec.lowbit.forms import check_foreign, check_group, check_plain, form_of, is_the_schedulers
 from wrapprec.lowbit.loading import Loading
 from wrapprec.patch import function_of, patch
@@ -217,9 +217,10 @@ class LowBits:
         for key, signed in self.form.items():
             value = state.get(key)
             if is_low(value):
-                if quantised and value["bits"] == self.bits and value["codes"].dtype is torch.uint8:
+                if quantised and value["bits"] == self.bits:
+                    state[key] = restore(value)
                     continue
-                # It was saved by, or loaded into, an optimizer that keeps it otherwise.
+                # It was saved by an optimizer that kept it otherwise.
                 state[key] = value = dequantise(value, param)
             if quantised and isinstance(value, Tensor) and value.shape == param.shape:
                 state[key] = quantise(value, self.bits, signed)
