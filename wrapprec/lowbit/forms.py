@@ -130,27 +130,41 @@ def _is_bitsandbytes(optimizer: Optimizer) -> bool:
 
 
 def check_foreign(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of bitsandbytes whose kernel computes something else than it says.
+    """Refuse an optimizer of bitsandbytes that computes something else than it says.
 
     Raises:
-        PolicyError: LAMB or LARS with 8-bit state, where the kernel ignores the trust ratio.
+        PolicyError: LAMB or LARS with 8-bit state, whose kernel ignores the trust ratio; AdEMAMix32bit, which makes too
+            little state for its kernel.
     """
-    args: Any = getattr(optimizer, "args", None)
-    if not _is_bitsandbytes(optimizer) or getattr(args, "max_unorm", 0.0) <= 0.0 or args.optim_bits != 8:
+    if not _is_bitsandbytes(optimizer):
         return
-    name = str(vars(optimizer).get("optimizer_name"))
+    name, args = str(getattr(optimizer, "optimizer_name", "")), getattr(optimizer, "args", None)
+    if name == "ademamix" and not hasattr(optimizer, "_get_state_double_buffer"):
+        raise _wrong(
+            optimizer, ", which makes room for one of its two averages, and its kernel writes both", "AdEMAMix", ""
+        )
+    if args is None or args.max_unorm <= 0.0 or args.optim_bits != 8:
+        return
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             if param.numel() >= args.min_8bit_size and not _heeds_trust_ratio(name, param.device):
-                raise PolicyError(
-                    message(
-                        "an optimizer whose kernel does what it says",
-                        f"{type(optimizer).__name__}, whose 8-bit kernel ignores the trust ratio on {param.device.type}"
-                        ": with it a step has at most max_unorm times the norm of the weights, without it any",
-                        where=f"param_groups[{number}], of shape {tuple(param.shape)}",
-                        remedy=f"use bitsandbytes' {name.upper()} with optim_bits=32, or AdamW8bit",
-                    )
+                fault = (
+                    f", whose 8-bit kernel ignores the trust ratio on {param.device.type}: with it a step is at most"
+                    " max_unorm times as long as the weights, without it of any length"
                 )
+                where = f"param_groups[{number}], of shape {tuple(param.shape)}"
+                raise _wrong(optimizer, fault, name.upper(), where)
+
+
+def _wrong(optimizer: Optimizer, fault: str, instead: str, where: str) -> PolicyError:
+    return PolicyError(
+        message(
+            "an optimizer that computes what it says",
+            f"{type(optimizer).__name__}{fault}",
+            where=where or None,
+            remedy=f"use bitsandbytes' {instead} with optim_bits=32, or AdamW8bit",
+        )
+    )
 
 
 @functools.cache
