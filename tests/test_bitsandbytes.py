@@ -131,8 +131,8 @@ def test_trains_under_16_mixed_as_in_float32(form: str) -> None:
         losses.append(float(loss.detach()))
     assert handle.skipped_steps == 0
     # float16 rounds activations to 2**-11. Lion steps by signs, which turn where a gradient is near zero; without
-    # training the loss is 1.9.
-    assert losses[0] == pytest.approx(losses[1], rel=0.15) and losses[1] < 1.5
+    # training the loss is 1.18.
+    assert losses[0] == pytest.approx(losses[1], rel=0.15) and losses[1] < 1.1
 
 
 @pytest.mark.parametrize("form", WRONG)
