@@ -101,9 +101,10 @@ def _quantise_8(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     codes, state = bitsandbytes(WISH[8]).functional.quantize_blockwise(flat, code=values, blocksize=_BLOCK[8])
     absmax: Tensor = state.absmax
     if _loses_small_values(flat.device):
-        ratio = flat / absmax.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(_BLOCK[8])[: flat.numel()]
-        small = ratio.abs() < _SMALL
-        codes[small] = torch.bucketize(ratio[small], (values[1:] + values[:-1]) / 2).to(torch.uint8)
+        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK[8])).view(-1, _BLOCK[8])
+        small = (blocks.abs() < (absmax * _SMALL).unsqueeze(1)).view(-1)[: flat.numel()].nonzero().squeeze(1)
+        ratio = flat[small] / absmax[small // _BLOCK[8]]
+        codes[small] = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     return codes, absmax
 
 
