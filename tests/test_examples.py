@@ -41,6 +41,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark.py",
         "distributed.py",
         "tpu.py",
+        "optimizer_bits.py",
     }
 
 
@@ -128,3 +129,13 @@ def test_tpu_example_compiles_few_programs_and_reads_only_what_it_prints(tmp_pat
     compiled, reads = re.search(r"(\d+) programs compiled, (\d+) host reads", out).groups()
     # The first step (zero_grad has nothing to do yet), the others, the sum of losses and the evaluation.
     assert int(compiled) <= 5 and int(reads) == len(losses) + 1
+
+
+def test_optimizer_bits_shows_a_quarter_of_the_state_and_the_same_loss(tmp_path: Path) -> None:
+    out = _run(tmp_path, "optimizer_bits.py")
+    rows = re.findall(r"^(\S.*?) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.MULTILINE)
+    share = {name: float(share) for name, _, share, _, _ in rows}
+    loss = {name: float(loss) for name, _, _, _, loss in rows}
+    assert share["AdamW()"] == 1.0 and share["optimizer_bits=8"] <= 0.3 and share["optimizer_bits=4"] <= 0.15
+    assert abs(loss["optimizer_bits=8"] / loss["AdamW()"] - 1) < 0.02
+    assert loss["optimizer_bits=8"] != loss["AdamW()"]

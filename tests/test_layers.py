@@ -25,7 +25,8 @@ LAYERS: dict[str, str] = {
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
     " again native operands traced mismatch region",
-    "step": "patch closure fused hold resume verdict step",
+    "step": "patch lowbit lowbit.packages lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer"
+    " closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",
     "package": "__init__",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 from wrapprec.current import thread
 from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
+from wrapprec.lowbit.forms import embedded
+from wrapprec.lowbit.optimizer import LowBits, check, convert
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.prepared import follow
@@ -37,9 +40,11 @@ class Handle:
     As a context manager it unwraps on exit. Built by `wrapprec.wrap`; found again by `wrapprec.handle_of`.
     """
 
-    def __init__(self, models: list[Shared], undo: UndoStack) -> None:
+    def __init__(self, models: list[Shared], undo: UndoStack, optimizer_bits: int | None = None) -> None:
         self._models = models
         self._undo = undo
+        self._optimizer_bits = optimizer_bits
+        self._low: list[LowBits] = []
         self._steppers: list[Stepper] = []
         self._skipped_before = 0
         self._loaded = False
@@ -68,8 +73,9 @@ class Handle:
         return self._only("plan", self.plans[:1]).policy
 
     def explain(self) -> str:
-        """The plan as a table: module, class, parameters, dtypes, and which rule decided."""
-        return "\n\n".join(str(plan) for plan in self.plans) or "not enabled: nothing is wrapped"
+        """The plan as a table: module, class, parameters, dtypes, and which rule decided; optimizers of few bits."""
+        parts = [*map(str, self.plans), "\n".join(filter(None, (low.describe() for low in self._low)))]
+        return "\n\n".join(filter(None, parts)) or "not enabled: nothing is wrapped"
 
     __str__ = explain
 
@@ -122,14 +128,17 @@ class Handle:
 
     # Optimizers
 
-    def attach(self, optimizer: Optimizer, scheduler: Any = None) -> None:
+    def attach(self, optimizer: Optimizer, scheduler: Any = None, optimizer_bits: int | None = None) -> None:
         """Guard an optimizer that was built, or rebuilt, after `wrap`.
 
         Args:
             optimizer: its `step` is patched on the instance; attaching it twice does nothing more.
             scheduler: hold it while steps are skipped; costs one host read a step.
+            optimizer_bits: what `wrap` was given, unless this says otherwise; state that is there already is quantised
+                by the next step.
 
         Raises:
+            PolicyError: the optimizer has no form with so few bits.
             TypeError: it is no torch.optim.Optimizer.
             ValueError: the scheduler is another optimizer's.
         """
@@ -146,6 +155,12 @@ class Handle:
         if not self._models:
             return
         self._warn_of_strangers(optimizer)
+        bits = self._optimizer_bits if optimizer_bits is None else optimizer_bits
+        check(optimizer, bits)
+        if bits is not None:
+            # Below the guard: a step that is skipped does not come here.
+            low = convert(optimizer, bits, functools.partial(embedded, [m.root for m in self._models]), self._undo)
+            self._low += [low] if low not in self._low else []
         scaled = [model for model in self._models if model.scaler is not None]
         if not scaled:
             return
@@ -161,6 +176,11 @@ class Handle:
                 model.repartition()
         if scheduler is not None:
             stepper.hold(scheduler, self._undo)
+
+    def quantise(self) -> None:
+        """Quantise the state of the converted optimizers now, and not after their next step."""
+        for low in self._low:
+            low.quantise()
 
     def _guard(self, stepper: Stepper) -> Stepper:
         stepper.install(self._undo)
@@ -257,7 +277,7 @@ class Handle:
                 # accelerate's hooks were put over ours since, or taken away.
                 take_away(obj)
         self._models = []
-        self._steppers = []
+        self._steppers, self._low = [], []
 
     def __enter__(self) -> Handle:
         return self

@@ -29,6 +29,9 @@ def patch(optimizer: Optimizer, name: str, function: Callable[..., Any], undo: U
         undo: puts the method back, unless somebody has replaced ours since.
     """
     ref, before = weakref.ref(optimizer), optimizer.__dict__.get(name, ABSENT)
+    # A bound method would keep the optimizer alive: it is bound again when it is put back.
+    bound = getattr(before, "__self__", None) is optimizer
+    before = function_of(before) if bound else before
     optimizer.__dict__[name] = types.MethodType(function, optimizer)
 
     def put_back() -> None:
@@ -38,6 +41,6 @@ def patch(optimizer: Optimizer, name: str, function: Callable[..., Any], undo: U
         if before is ABSENT:
             del alive.__dict__[name]
         else:
-            alive.__dict__[name] = before
+            alive.__dict__[name] = types.MethodType(before, alive) if bound else before
 
     undo.push(put_back)

@@ -56,7 +56,10 @@ class Stepper:
     def __init__(self, optimizer: Optimizer, models: list[Shared], owner: Stepper | None = None) -> None:
         self.owner = self if owner is None else owner
         self._optimizer = weakref.ref(optimizer)
-        self._before: Callable[..., Any] | None = optimizer.__dict__.get("step")
+        before = optimizer.__dict__.get("step")
+        # A bound method would keep the optimizer alive.
+        self._binds = getattr(before, "__self__", None) is optimizer
+        self._before: Callable[..., Any] | None = function_of(before) if self._binds else before
         self._models = models
         self._owned: set[int] = set()
         self._count = -1
@@ -187,8 +190,10 @@ class Stepper:
             return self._original(optimizer, *args, **kwargs)
 
     def _original(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        step = functools.partial(type(optimizer).step, optimizer) if self._before is None else self._before
-        out = step(*args, **kwargs)
+        if self._before is None:
+            out = type(optimizer).step(optimizer, *args, **kwargs)
+        else:
+            out = self._before(*((optimizer,) if self._binds else ()), *args, **kwargs)
         for model in self._models:
             for bucket in model.pending():
                 bucket.watch(self._owned)

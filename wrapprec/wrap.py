@@ -13,6 +13,7 @@ from wrapprec.errors import NotWrappedError, message
 from wrapprec.handle import Handle
 from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
+from wrapprec.lowbit.optimizer import check
 from wrapprec.policy import Policy
 from wrapprec.prepared import check_accelerators
 from wrapprec.region import Forward
@@ -30,6 +31,7 @@ def wrap(
     rules: Iterable[Rule | tuple[Any, Any]] = (),
     loss_scale: Any = None,
     scheduler: Any = None,
+    optimizer_bits: int | None = None,
     enabled: bool = True,
 ) -> Handle:
     """Make a plain training loop run in mixed precision.
@@ -46,6 +48,8 @@ def wrap(
         loss_scale: None leaves it to the policy; a number is a static scale; ``"dynamic"``, ``"none"`` or a
             `LossScale`.
         scheduler: an LRScheduler, or several, held on skipped steps (one host read a step).
+        optimizer_bits: 8 (bitsandbytes) or 4 (torchao): the optimizers, those attached later too, keep their state in
+            so few bits; `unwrap` gives 32-bit state back.
         enabled: False returns a handle that does nothing, for scripts with a flag.
 
     Returns:
@@ -73,6 +77,8 @@ def wrap(
     if not enabled:
         return Handle([], UndoStack())
     check_accelerators()
+    for one_optimizer in optimizers:
+        check(one_optimizer, optimizer_bits)
     request = Request(policy, tuple(rules), loss_scale)
     undo = UndoStack()
     installed: list[Shared] = []
@@ -81,7 +87,7 @@ def wrap(
             shared = install(one, request, undo, installed)
             shared.undo = undo
             installed.append(shared)
-        handle = Handle(installed, undo)
+        handle = Handle(installed, undo, optimizer_bits)
         for one_optimizer in optimizers:
             mine = [s for s in schedulers if getattr(s, "optimizer", one_optimizer) is one_optimizer]
             handle.attach(one_optimizer)
@@ -90,6 +96,8 @@ def wrap(
     except BaseException:
         undo.undo()
         raise
+    # Last: rounding cannot be taken back.
+    handle.quantise()
     return handle
 
 

@@ -1,0 +1,154 @@
+"""State in few bits: each value is rounded to the nearest code of its block, and comes back in the parameter's form."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wrapprec import PolicyError
+from wrapprec.lowbit.codes import Low, dequantise, is_low, quantise, size
+
+BLOCK = {8: 256, 4: 128}
+
+both = pytest.mark.parametrize("bits", [8, 4])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _load_packages() -> None:
+    # torchao calls, while it is imported, what torch has deprecated.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torchao.optim.subclass_4bit")
+
+
+def levels(bits: int, signed: bool) -> Tensor:
+    """The values that codes stand for, from the packages' own tables."""
+    if bits == 4:
+        from torchao.optim import subclass_4bit
+
+        return torch.tensor(subclass_4bit.get_qmap_signed() if signed else subclass_4bit.get_qmap_unsigned())
+    import bitsandbytes
+
+    values = bitsandbytes.functional.create_dynamic_map(signed=signed)
+    if not signed:
+        values[0] = values[1] / 2
+    return values
+
+
+def nearest(tensor: Tensor, bits: int, signed: bool) -> Tensor:
+    """What rounding has to give, by trying every level, in float64."""
+    out, values = [], levels(bits, signed).double()
+    for block in tensor.reshape(-1).double().split(BLOCK[bits]):
+        largest = block.abs().max()
+        ratio = block / largest if largest > 0 else block
+        out.append(values[(ratio[:, None] - values).abs().argmin(1)] * largest)
+    return torch.cat(out).view(tensor.shape)
+
+
+def spread(shape: tuple[int, ...], decades: float, signed: bool, seed: int = 0) -> Tensor:
+    """Numbers of very different size, zeros among them."""
+    draw = torch.Generator().manual_seed(seed)
+    values = 10.0 ** (-decades * torch.rand(shape, generator=draw))
+    values[torch.rand(shape, generator=draw) < 0.1] = 0
+    return values * torch.randn(shape, generator=draw).sign() if signed else values
+
+
+@both
+@pytest.mark.parametrize("signed", [True, False])
+@settings(max_examples=40)
+@given(decades=st.floats(0, 9), rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_every_value_becomes_the_nearest_level(
+    bits: int, signed: bool, decades: float, rows: int, columns: int, seed: int
+) -> None:
+    tensor = spread((rows, columns), decades, signed, seed)
+    got = dequantise(quantise(tensor, bits, signed), tensor)
+    want = nearest(tensor, bits, signed)
+    off, least = ((t.double() - tensor).abs() for t in (got, want))
+    # bitsandbytes' kernel for CPUs looks up in bins of 2**-15 of the block's largest value, and may take the
+    # neighbour where two levels are about as near. Below 2**-9 of the largest the levels lie closer than that.
+    largest = torch.cat([b.abs().max().expand(b.numel()) for b in tensor.reshape(-1).split(BLOCK[bits])]).view_as(off)
+    small = tensor.abs() < 2.0**-9 * largest
+    slack = torch.where(small, 1e-6 * tensor.abs() + 1e-9 * largest, 2.0**-15 * largest)
+    assert (off <= least + slack).all()
+
+
+@both
+def test_zero_stays_zero_beside_large_values(bits: int) -> None:
+    tensor = torch.zeros(4096)
+    tensor[::256], tensor[1::256] = 1.0, -3.0
+    got = dequantise(quantise(tensor, bits, True), tensor)
+    assert torch.equal(got == 0, tensor == 0)
+
+
+@both
+def test_second_moment_never_becomes_zero_beside_large_values(bits: int) -> None:
+    tensor = torch.full((4096,), 1e-12)
+    tensor[::100] = 1.0
+    assert (dequantise(quantise(tensor, bits, False), tensor) > 0).all()
+
+
+@both
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20])
+def test_blocks_of_any_size_keep_their_digits(bits: int, scale: float) -> None:
+    tensor = spread((1000,), 1, True)
+    got = dequantise(quantise(tensor * scale, bits, True), tensor)
+    # The scale of a block is a float32: it adds one rounding.
+    torch.testing.assert_close(got / scale, dequantise(quantise(tensor, bits, True), tensor), rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_block_of_zeros_stays_zeros(bits: int) -> None:
+    zeros = torch.zeros(300)
+    for signed in (True, False):
+        assert torch.equal(dequantise(quantise(zeros, bits, signed), zeros), zeros)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_state_comes_back_in_the_form_of_its_parameter(bits: int, dtype: torch.dtype) -> None:
+    param = torch.nn.Parameter(spread((5, 7, 3, 3), 2, True).to(dtype, memory_format=torch.channels_last))
+    got = dequantise(quantise(param, bits, True), param)
+    assert (got.shape, got.dtype, got.stride(), got.requires_grad) == (param.shape, dtype, param.stride(), False)
+    # Half the widest gap between levels: 0.146 of the block's largest in 4 bits (torchao's linear map has 0.33 below
+    # -0.55), 0.007 in 8.
+    assert (got.double() - param.double()).abs().max() <= (0.22 if bits == 4 else 0.02)
+
+
+@pytest.mark.parametrize(("bits", "per_value"), [(8, 1 + 4 / 256), (4, 0.5 + 4 / 128)])
+def test_bytes_are_those_of_the_codes_and_one_scale_a_block(bits: int, per_value: float) -> None:
+    assert size(quantise(torch.ones(8192), bits, True)) == 8192 * per_value
+
+
+def test_codes_that_were_cast_to_floats_are_codes_again() -> None:
+    tensor = spread((64, 64), 3, True)
+    low = quantise(tensor, 8, True)
+    cast: Low = {**low, "codes": low["codes"].float()}
+    assert is_low(cast) and torch.equal(dequantise(cast, tensor), dequantise(low, tensor))
+
+
+@pytest.mark.parametrize("other", [{}, {"codes": 1}, torch.ones(3), None, [1], "codes"])
+def test_nothing_else_is_taken_for_a_quantised_tensor(other: object) -> None:
+    assert not is_low(other)
+
+
+@pytest.mark.parametrize(("bits", "package", "extra"), [(8, "bitsandbytes", "bitsandbytes"), (4, "torchao", "fp8")])
+def test_missing_package_is_named_with_its_extra(
+    bits: int, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wrapprec.lowbit.codes import load_kernels
+
+    def refuse(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(PolicyError) as caught:
+        load_kernels(bits)
+    text = str(caught.value)
+    assert f"Expected {package} to be installed, for optimizer_bits={bits}." in text
+    assert f"Remedy: pip install 'wrapprec[{extra}]'" in text
