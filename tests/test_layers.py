@@ -29,8 +29,10 @@ LAYERS: dict[str, str] = {
     "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
-    " migrate.apex.normalization migrate.apex.optimizers migrate.apex.parallel migrate.apex",
+    " migrate.apex.normalization migrate.apex.optimizers migrate.apex.parallel migrate.apex"
+    " migrate.alias migrate.clock migrate.find migrate.script migrate.run",
     "package": "__init__",
+    "cli": "cli __main__",
 }
 MAY_IMPORT: dict[str, str] = {
     "leaves": "",
@@ -41,8 +43,9 @@ MAY_IMPORT: dict[str, str] = {
     "effects": "leaves values wants state",
     "step": "leaves state",
     "wrap": "leaves values wants choice state effects step",
-    "tools": "leaves values wants state effects wrap",
+    "tools": "leaves values wants choice state effects step wrap",
     "package": "leaves wants choice effects wrap",
+    "cli": "package",
 }
 # Edges against the order, each inside a function, each with the reason why it is still there.
 AGAINST: dict[tuple[str, str], str] = {}

@@ -49,6 +49,7 @@ class Session:
         self.alias = ApexFinder(say)
         self.finder.when_wrapped = self.clock.start
         self._starts: list[tuple[Any, Any]] = []
+        self._has_children = False
 
     def start(self) -> None:
         """Watch what is built and called from now on."""
@@ -72,6 +73,7 @@ class Session:
         """Have the processes that torch.multiprocessing starts find their models, too."""
 
         def start_processes(fn: Any, *args: Any, **kwargs: Any) -> Any:
+            self._has_children = True
             return start(_Child(fn, self.policy, self.dry_run), *args, **kwargs)
 
         return start_processes
@@ -90,6 +92,8 @@ class Session:
             lines.append(f"wrapped {found.label}: {policies}, skipped steps {skipped}, final loss scale {scale}")
         if any(self.clock.counts.values()):
             lines.append(f"time since then: {self.clock}")
+        if not lines and self._has_children:
+            return ""  # they trained, and said so
         return "\n".join(lines) or "no training forward of a model with a torch optimizer was seen: nothing was wrapped"
 
 
@@ -156,10 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code, main_module = program.load()
     except WrapprecError as error:
+        session.stop()
         parser.error(str(error))
 
     def report() -> None:
-        if os.getpid() == process and not options.dry_run:
+        if os.getpid() == process and not (options.dry_run and session.finder.found):
             session.clock.stop()
             say(session.summary())
 

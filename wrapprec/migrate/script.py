@@ -50,11 +50,11 @@ class Program:
     def _script(self, main: ModuleType) -> CodeType:
         if self.target == "-":
             _set_path("")
-            _describe(main, None, None, None)
+            _describe(main, None, "<stdin>", None)
             return _compile(sys.stdin.read().encode(), "<stdin>")
         path = Path(self.target)
         if path.is_dir() or path.suffix in (".zip", ".pyz"):
-            _set_path(self.target)
+            _set_path(os.path.abspath(self.target))
             spec = importlib.machinery.PathFinder.find_spec("__main__", [self.target])
             return self._found(main, spec)
         # As of Python 3.9 `__file__` and tracebacks have the full path, and `sys.argv` what was typed.
@@ -114,12 +114,10 @@ def _set_path(first: str) -> None:
         sys.path[0] = first
 
 
-def _describe(main: ModuleType, spec: Any, file: str | None, loader: Any) -> None:
-    main.__spec__, main.__loader__ = spec, loader
+def _describe(main: ModuleType, spec: Any, file: str, loader: Any) -> None:
+    main.__spec__, main.__loader__, main.__file__, main.__annotations__ = spec, loader, file, {}
     main.__package__ = None if spec is None else spec.parent
     main.__dict__["__cached__"] = None if spec is None else spec.cached
-    if file is not None:
-        main.__file__ = file
 
 
 def _compile(source: bytes, name: str) -> CodeType:
@@ -165,6 +163,6 @@ def strip(error: BaseException, trace: TracebackType | None) -> TracebackType | 
     start = runner[-1] + 1 if runner else 0
     is_defect = bool(ours) and ours[-1] and len(frames) > start + 1 and not isinstance(error, WrapprecError)
     kept = [f for f, mine in zip(frames[start:], ours[start:], strict=True) if is_defect or not mine]
-    for frame, following in zip(kept, [*kept[1:], None], strict=True):
+    for frame, following in zip(kept, [*kept[1:], None], strict=False):
         frame.tb_next = following
     return kept[0] if kept else None
