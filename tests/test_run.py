@@ -252,7 +252,7 @@ def test_torchrun_starts_it_and_one_rank_speaks(tmp_path: Path) -> None:
     code, out, err = _start(tmp_path, [*torchrun, "-m", "wrapprec", "run", "--policy", "bf16-mixed", "script.py"])
     assert code == 0, err
     totals = [float(line.split()[-1]) for line in out.splitlines() if "total" in line]
-    # Three steps of bfloat16; without the other rank's gradients it is off by 0.05 and more.
+    # Three steps of bfloat16; without the other rank's gradients it is off by 0.03 and more.
     assert len(totals) == 2 and totals[0] == totals[1] and abs(totals[0] - _by_hand()) < 0.01
     assert [line for line in _ours(err) if "wrapped DistributedDataParallel" in line] == _ours(err)[:1]
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wrapprec.dtypes import name
-from wrapprec.errors import WrapprecError
 from wrapprec.handle import Handle
 from wrapprec.plan import resolve
 from wrapprec.step import inner_optimizers
@@ -152,7 +151,7 @@ class Finder:
         if found.reason is None:
             try:
                 found.handle = wrap(roots, mine, self.policy)
-            except (WrapprecError, TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # `wrap` changed nothing, and the script goes on
                 found.reason = " ".join(str(error).split("\n")[:2])
         if found.handle is None:
             self.say(f"left {found.label} alone, because {found.reason}")
