@@ -1,0 +1,382 @@
+"""`wrapprec run` inside this process: which models of a script are found, and that it trains as in float32."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import wrapprec
+from wrapprec.migrate.apex.session import session as apex_session
+from wrapprec.migrate.run import Session
+from wrapprec.migrate.script import Program, execute
+
+PREAMBLE = """
+import contextlib, itertools, torch
+from torch import nn
+import torch.nn.functional as F
+torch.manual_seed(0)
+class Net(nn.Module):
+    def __init__(self, a=4, b=2):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(a, 8), nn.Linear(8, b)
+    def forward(self, x):
+        return self.decoder(torch.tanh(self.encoder(x)))
+def batches(n=6, a=4):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, a, generator=g), torch.randn(8, 2, generator=g)) for _ in range(n)]
+losses = []
+"""
+
+LOOP = """
+for x, y in batches():
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+"""
+
+# By name: the script, and what is found in it.
+SCRIPTS: dict[str, tuple[str, list[str]]] = {
+    "plain": ("model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP, ["Net (58 p"]),
+    "optimizer first, then device": (
+        "model = Net()\noptimizer = torch.optim.Adam(model.parameters(), 0.1)\nmodel.to('cpu').train()" + LOOP,
+        ["Net (58 parameters, Adam)"],
+    ),
+    "evaluation first": (
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\nmodel.eval()\n"
+        "with torch.no_grad():\n    losses.append(F.mse_loss(model(batches()[0][0]), batches()[0][1]).item())\n"
+        "model.train()" + LOOP,
+        ["Net (58 p"],
+    ),
+    "parts are called, not the whole": (
+        "class Trainer:\n    def __init__(self):\n        self.net = Net()\n"
+        "        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.5)\n"
+        "    def fit(self):\n        for x, y in batches():\n            h = torch.tanh(self.net.encoder(x))\n"
+        "            loss = F.mse_loss(self.net.decoder(h), y)\n            self.optimizer.zero_grad()\n"
+        "            loss.backward()\n            self.optimizer.step()\n            losses.append(loss.item())\n"
+        "Trainer().fit()",
+        ["Net (58 p"],
+    ),
+    "one optimizer for two models": (
+        "one, two = nn.Linear(4, 8), nn.Linear(8, 2)\n"
+        "model = lambda x: two(torch.tanh(one(x)))\n"
+        "optimizer = torch.optim.SGD(itertools.chain(one.parameters(), two.parameters()), lr=0.5)" + LOOP,
+        ["Linear and Linear (58 parameters, SGD)"],
+    ),
+    "two optimizers for one model": (
+        "model = Net()\noptimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)\n"
+        "other = torch.optim.Adam(model.decoder.parameters(), lr=0.1)" + LOOP + "    other.step(); other.zero_grad()",
+        ["Net (58 parameters, SGD and Adam)"],
+    ),
+    "a GAN": (
+        "G, D = Net(4, 6), Net(6, 1)\n"
+        "g, d = (torch.optim.Adam(m.parameters(), lr=0.01, eps=1e-2) for m in (G, D))\n"
+        "for z, _ in batches():\n    d.zero_grad()\n    fake = G(z)\n"
+        "    loss_d = D(fake.detach()).mean() - D(torch.ones(8, 6)).mean()\n    loss_d.backward()\n    d.step()\n"
+        "    g.zero_grad()\n    loss_g = -D(fake).mean()\n    loss_g.backward()\n    g.step()\n"
+        "    losses += [loss_d.item(), loss_g.item()]",
+        ["Net (94 parameters, Adam)", "Net (65 parameters, Adam)"],
+    ),
+    "clipped accumulation with a schedule": (
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)\n"
+        "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)\n"
+        "for step, (x, y) in enumerate(batches(8)):\n    loss = F.mse_loss(model(x), y) / 2\n    loss.backward()\n"
+        "    losses.append(loss.item())\n    if step % 2:\n"
+        "        losses.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())\n"
+        "        optimizer.step(); schedule.step(); optimizer.zero_grad()",
+        ["Net (58 p"],
+    ),
+    "a head on a frozen backbone": (
+        "model = Net()\nmodel.encoder.requires_grad_(False)\n"
+        "optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.5)" + LOOP,
+        ["Net (58 p"],
+    ),
+    "another optimizer half way": (
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP + "\n"
+        "optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-2)" + LOOP,
+        ["Net (58 p"],
+    ),
+    "the loss is a module around the model": (
+        "class WithLoss(nn.Module):\n    def __init__(self, net):\n        super().__init__()\n        self.net = net\n"
+        "    def forward(self, x, y):\n        return F.mse_loss(self.net(x), y)\n"
+        "net = Net()\noptimizer = torch.optim.SGD(net.parameters(), lr=0.5)\nboth = WithLoss(net)\n"
+        "for x, y in batches():\n    optimizer.zero_grad()\n    loss = both(x, y)\n    loss.backward()\n"
+        "    optimizer.step()\n    losses.append(loss.item())",
+        ["WithLoss (58 p"],
+    ),
+    "a closure": (
+        "model = Net()\noptimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)\n"
+        "for x, y in batches():\n    def closure():\n        optimizer.zero_grad()\n"
+        "        loss = F.mse_loss(model(x), y)\n        loss.backward()\n        return loss\n"
+        "    losses.append(optimizer.step(closure).item())",
+        ["Net (58 p"],
+    ),
+    "a GradScaler without autocast": (
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "scaler = torch.amp.GradScaler('cpu', init_scale=16.0)\n"
+        "for x, y in batches():\n    optimizer.zero_grad()\n    loss = F.mse_loss(model(x), y)\n"
+        "    scaler.scale(loss).backward()\n    scaler.unscale_(optimizer)\n"
+        "    losses.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())\n"
+        "    scaler.step(optimizer); scaler.update()\n    losses.append(loss.item())",
+        ["Net (58 p"],
+    ),
+    "a frozen teacher, and an input that is trained": (
+        "teacher, model = Net().requires_grad_(False), Net()\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "image = torch.zeros(8, 4, requires_grad=True)\nother = torch.optim.SGD([image], lr=0.5)\n"
+        "for x, y in batches():\n    optimizer.zero_grad(); other.zero_grad()\n"
+        "    loss = F.mse_loss(model(x + image), teacher(x)) + image.square().mean()\n    loss.backward()\n"
+        "    optimizer.step(); other.step()\n    losses.append(loss.item())",
+        ["Net (58 p"],
+    ),
+    "Apex": (
+        "from apex import amp\nfrom apex.optimizers import FusedAdam\nimport apex.parallel as parallel\nimport apex\n"
+        "model = Net()\noptimizer = FusedAdam(model.parameters(), lr=0.01, eps=1e-2)\n"
+        "model, optimizer = amp.initialize(model, optimizer, opt_level='O1', verbosity=0)\n"
+        "for x, y in batches():\n    optimizer.zero_grad()\n    loss = F.mse_loss(model(x), y)\n"
+        "    with amp.scale_loss(loss, optimizer) as scaled_loss:\n        scaled_loss.backward()\n"
+        "    nn.utils.clip_grad_norm_(amp.master_params(optimizer), 0.1)\n    optimizer.step()\n"
+        "    losses.append(loss.item())\nassert apex.amp is amp and apex.parallel is parallel",
+        [],
+    ),
+}
+
+
+class Ran:
+    """What a script left behind, and what was said meanwhile."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self.said: list[str] = []
+        self.session: Any = None
+
+    @property
+    def labels(self) -> list[str]:
+        return [found.label for found in self.session.finder.found]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs a script in this process as `wrapprec run` would."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    apex_session.calls, apex_session.enabled = [], None
+    before = Optimizer.__init__, nn.Module.__call__, list(sys.meta_path), torch.multiprocessing.start_processes
+
+    def run(source: str, policy: str, dry_run: bool = False) -> Ran:
+        ran = Ran()
+        script = tmp_path / "script.py"
+        script.write_text(PREAMBLE + textwrap.dedent(source))
+        sys.path.insert(0, "what the interpreter put there")
+        ran.session = Session(policy, dry_run, ran.said.append)
+        ran.session.start()
+        try:
+            code, main = Program(str(script), False, ()).load()
+            ran.names = main.__dict__
+            execute(code, main)
+        finally:
+            ran.watches = nn.Module.__call__ is not before[1]  # type: ignore[attr-defined]
+            ran.session.stop()
+        return ran
+
+    yield run
+    after = Optimizer.__init__, nn.Module.__call__, list(sys.meta_path), torch.multiprocessing.start_processes
+    assert after == before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+def _curve(source: str) -> list[float]:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(PREAMBLE + source.replace("apex", "wrapprec.migrate.apex"), names)
+    found: list[float] = names["losses"]
+    return found
+
+
+def _plain(name: str) -> list[float]:
+    source = SCRIPTS[name][0]
+    if name == "Apex":  # by hand, without amp
+        source = (
+            "model = Net()\noptimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-2, weight_decay=0)\n"
+            "for x, y in batches():\n    optimizer.zero_grad()\n    loss = F.mse_loss(model(x), y)\n"
+            "    loss.backward()\n    nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n    optimizer.step()\n"
+            "    losses.append(loss.item())\n"
+        )
+    return _curve(source)
+
+
+# A scale that does not overflow at first: a skipped first step would shift the curve.
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed,init_scale=64", "16-module,init_scale=64"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_trains_to_the_same_curve_as_in_float32(run: Any, name: str, policy: str) -> None:
+    ran = run(SCRIPTS[name][0], policy)
+    want = torch.tensor(_plain(name))
+    # Losses of order one, from activations that are rounded to 8 (11) bits, after some steps in rounded directions.
+    bound = 4 * 2**-8 if policy.startswith("bf16") else 8 * 2**-11
+    assert (torch.tensor(ran.names["losses"]) - want).abs().max() <= bound * want.abs().max()
+    assert [label.startswith(start) for label, start in zip(ran.labels, SCRIPTS[name][1], strict=True)].count(
+        False
+    ) == 0
+    assert all(found.reason is None for found in ran.session.finder.found)
+
+
+def test_float32_policy_changes_nothing(run: Any) -> None:
+    assert run(SCRIPTS["a GAN"][0], "32-true").names["losses"] == _plain("a GAN")
+
+
+def test_low_precision_is_really_used(run: Any) -> None:
+    assert run(SCRIPTS["plain"][0], "bf16-mixed").names["losses"] != _plain("plain")
+
+
+def test_calls_are_watched_only_until_every_optimizer_has_its_model(run: Any) -> None:
+    assert run(SCRIPTS["a GAN"][0], "bf16-mixed").watches is False
+    assert run(SCRIPTS["a frozen teacher, and an input that is trained"][0], "bf16-mixed").watches is True
+
+
+def test_watch_ends_where_an_optimizer_has_no_model(run: Any) -> None:
+    source = "other = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1)\nlayer = nn.Linear(1, 1)\n"
+    assert run(source + "for _ in range(1000): layer(torch.ones(1))", "bf16-mixed").watches is True
+    assert run(source + "for _ in range(1001): layer(torch.ones(1))", "bf16-mixed").watches is False
+
+
+def test_optimizer_made_later_is_guarded(run: Any) -> None:
+    ran = run(SCRIPTS["another optimizer half way"][0], "16-mixed")
+    assert len(ran.session.finder.found) == 1
+    before = [p.detach().clone() for p in ran.names["model"].parameters()]
+    for param in ran.names["model"].parameters():
+        param.grad = torch.full_like(param, torch.inf)
+    ran.names["optimizer"].step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ran.names["model"].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "for x, y in batches():\n    with torch.autocast('cpu', dtype=torch.bfloat16):\n        out = model(x)\n"
+            "    optimizer.zero_grad(); F.mse_loss(out.float(), y).backward(); optimizer.step()\n"
+            "    losses.append(F.mse_loss(out.float(), y).item())",
+            "the script calls it under torch.autocast",
+        ),
+        (
+            "model.to(torch.bfloat16)\n"
+            "for x, y in batches():\n    loss = F.mse_loss(model(x.bfloat16()).float(), y)\n"
+            "    optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())",
+            "its parameters are bfloat16",
+        ),
+        (
+            "model.double()\n"
+            "for x, y in batches():\n    loss = F.mse_loss(model(x.double()), y.double())\n"
+            "    optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())",
+            "its parameters are float64",
+        ),
+    ],
+)
+def test_script_with_its_own_precision_is_left_alone(run: Any, source: str, reason: str) -> None:
+    source = "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n" + source
+    ran = run(source, "16-mixed")
+    assert ran.names["losses"] == _curve(source)
+    [line] = ran.said
+    assert line.startswith("left Net (58 parameters, SGD) alone, because ") and reason in line and "\n" not in line
+    assert wrapprec.handle_of(ran.names["model"]) is None and ran.watches is False
+
+
+def test_script_of_an_accelerator_with_its_own_precision_is_left_alone(run: Any) -> None:
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, PartialState
+
+    source = (
+        "from accelerate import Accelerator\naccelerator = Accelerator(mixed_precision='bf16', cpu=True)\n"
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "model, optimizer = accelerator.prepare(model, optimizer)\n"
+        "for x, y in batches():\n    loss = F.mse_loss(model(x), y)\n    optimizer.zero_grad()\n"
+        "    accelerator.backward(loss)\n    optimizer.step(); losses.append(loss.item())"
+    )
+    try:
+        [line] = run(source, "16-mixed").said
+        assert "leaves precision to wrapprec" in line and "Accelerator(mixed_precision='bf16')" in line
+    finally:
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+
+
+def test_script_that_wraps_its_models_itself_is_left_as_it_is(run: Any) -> None:
+    source = (
+        "import wrapprec\nmodel = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "handle = wrapprec.wrap(model, optimizer, 'bf16-module')" + LOOP
+    )
+    ran = run(source, "16-mixed")
+    assert ran.labels == [] and str(ran.names["handle"].policy) == "bf16-module" and ran.said == []
+
+
+def test_dry_run_prints_the_plan_and_ends_at_the_first_training_forward(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("print('before')\n" + SCRIPTS["evaluation first"][0] + "\nprint('after')", "16-mixed", dry_run=True)
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "before" in out and "after" not in out
+    assert "policy      16-mixed" in out and "encoder" in out
+
+
+def test_summary_says_what_was_wrapped_and_what_came_of_it(run: Any) -> None:
+    source = (
+        "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "for scale in (1e6, 1.0):\n    optimizer.zero_grad()\n"
+        "    (scale * model(batches()[0][0]).sum()).backward()\n    optimizer.step()\n"
+    )
+    ran = run(source, "16-mixed, init_scale=4096")
+    line = ran.session.summary().splitlines()[0]
+    assert line == (
+        "wrapped Net (58 parameters, SGD): params=float32,compute=float16,output=float32,loss_scale=dynamic,"
+        "init_scale=4096.0, skipped steps 1, final loss scale 2048"
+    )
+    assert "nothing was wrapped" in run("x = 1", "bf16-mixed").session.summary()
+
+
+# Apex, where it is not installed
+
+
+def test_libraries_are_not_told_that_there_is_apex(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "looks_for_apex.py").write_text("try:\n    import apex\nexcept ImportError:\n    apex = None\n")
+    monkeypatch.syspath_prepend(str(folder))
+    ran = run("import looks_for_apex\nfirst = looks_for_apex.apex\nfrom apex import amp\n", "bf16-mixed")
+    assert ran.names["first"] is None and ran.names["amp"].__name__ == "wrapprec.migrate.apex.amp"
+    assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"
+
+
+def test_amp_stands_in_for_what_an_installed_apex_has_no_more(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib" / "apex").mkdir(parents=True)
+    (tmp_path / "lib" / "apex" / "__init__.py").write_text("kernels = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    ran = run("import apex\nfrom apex import amp\nspec = amp.__spec__.name", "bf16-mixed")
+    assert ran.names["apex"].kernels == 3 and ran.names["spec"] == "wrapprec.migrate.apex.amp"
+
+
+def test_parts_of_apex_that_nothing_stands_in_for_are_missing(run: Any) -> None:
+    source = (
+        "try:\n    import apex.contrib.xentropy\nexcept ImportError as error:\n    missing = str(error)\n"
+        "try:\n    import apexes\nexcept ImportError as error:\n    other = error.name"
+    )
+    ran = run(source, "bf16-mixed")
+    assert "apex.contrib" in ran.names["missing"] and ran.names["other"] == "apexes"
+    with pytest.raises(ImportError):
+        importlib.import_module("apex.amp2")
+    assert isinstance(sys.modules["__main__"], types.ModuleType)

@@ -1,0 +1,1 @@
+"""Brings scripts over that were written for other ways of training in mixed precision."""

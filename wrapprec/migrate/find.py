@@ -1,0 +1,233 @@
+"""Finds the models that a script trains, each at its first training forward, and wraps them with their optimizers.
+
+Optimizers are noted when they are built. As long as one of them has not found its model, calls of modules are watched,
+and only as long: a script runs at full speed once its models are wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from wrapprec.dtypes import name
+from wrapprec.handle import Handle
+from wrapprec.plan import resolve
+from wrapprec.step import inner_optimizers
+from wrapprec.wrap import handle_of, wrap
+
+_PATIENCE = 1000
+"""Outermost calls of modules with parameters, none of them an optimizer's, before the watch ends."""
+
+
+@dataclass
+class Found:
+    """A model, or several that one optimizer trains, and what became of them.
+
+    Args:
+        label: for people: classes, parameters, optimizers.
+        handle: where they were wrapped.
+        reason: why they were left alone.
+    """
+
+    label: str
+    handle: Handle | None = None
+    reason: str | None = None
+
+
+class Finder:
+    """Watches for optimizers and for the models whose parameters they have.
+
+    Args:
+        policy: for `wrap`.
+        say: takes one line for the user.
+        dry_run: print the plan at the first training forward, and end the script.
+    """
+
+    def __init__(self, policy: Any, say: Callable[[str], None], dry_run: bool = False) -> None:
+        self.policy = policy
+        self.say = say
+        self.dry_run = dry_run
+        self.found: list[Found] = []
+        self.when_wrapped: Callable[[], None] = lambda: None
+        self._waiting: list[weakref.ref[Optimizer]] = []
+        self._misses = 0
+        self._inside = threading.local()
+        self._lock = threading.RLock()
+        self._init = Optimizer.__init__
+        self._call: Any = None
+
+    # Watching
+
+    def install(self) -> None:
+        """Note every optimizer that is built from now on."""
+        original = self._init
+
+        @functools.wraps(original)
+        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self._waiting.append(weakref.ref(optimizer))
+            self._misses = 0
+            self._watch()
+
+        Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Leave torch as it was; what is wrapped stays wrapped."""
+        Optimizer.__init__ = self._init  # type: ignore[method-assign]
+        self._waiting.clear()
+        self._rest()
+
+    def _watch(self) -> None:
+        if self._call is not None:
+            return
+        # Not a global forward hook: torch has looked up the module's forward already when it calls one.
+        self._call = original = nn.Module.__call__
+
+        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or getattr(self._inside, "call", False):
+                return original(module, *args, **kwargs)
+            self._inside.call = True
+            try:
+                self.look_at(module)
+                return original(module, *args, **kwargs)
+            finally:
+                self._inside.call = False
+
+        nn.Module.__call__ = __call__  # type: ignore[method-assign]
+
+    def _rest(self) -> None:
+        if self._call is not None:
+            nn.Module.__call__ = self._call  # type: ignore[method-assign]
+            self._call = None
+
+    # Finding
+
+    def look_at(self, module: nn.Module) -> None:
+        """A module is called, from outside of any other: wrap it if an optimizer has its parameters.
+
+        Args:
+            module: the one that is called.
+        """
+        if not torch.is_grad_enabled():
+            return
+        with self._lock:
+            waiting = [optimizer for ref in self._waiting if (optimizer := ref()) is not None]
+            owned = {id(param) for param in module.parameters()}
+            mine = [optimizer for optimizer in waiting if owned & params_of([optimizer])]
+            if mine:
+                self._settle(module, mine)
+                self._waiting = [ref for ref in self._waiting if all(ref() is not known for known in mine)]
+            elif owned:
+                self._misses += 1
+            if not self._waiting or self._misses > _PATIENCE:
+                self._rest()
+
+    def _settle(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
+        inner = [below for optimizer in optimizers for below in inner_optimizers(optimizer)]
+        mine = [optimizer for optimizer in optimizers if all(optimizer is not below for below in inner)]
+        handle = handle_of(module)
+        if handle is not None:
+            if any(found.handle is handle for found in self.found):
+                for optimizer in mine:
+                    handle.attach(optimizer)
+            return  # or else the script has wrapped it itself
+        roots = roots_of(module, params_of(mine))
+        found = Found(_label(roots, mine))
+        self.found.append(found)
+        found.reason = next((why for root in roots if (why := why_not(root)) is not None), None)
+        if self.dry_run:
+            print(f"{found.label}: left alone, because {found.reason}" if found.reason else self._plans(roots))
+            raise SystemExit(0)
+        if found.reason is None:
+            try:
+                found.handle = wrap(roots, mine, self.policy)
+            except Exception as error:  # `wrap` changed nothing, and the script goes on
+                found.reason = " ".join(str(error).split("\n")[:2])
+        if found.handle is None:
+            self.say(f"left {found.label} alone, because {found.reason}")
+        else:
+            self.when_wrapped()
+
+    def _plans(self, roots: list[nn.Module]) -> str:
+        return "\n\n".join(str(resolve(root, self.policy)) for root in roots)
+
+
+def params_of(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The ids of the parameters that optimizers step."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
+    number = sum({id(param): param.numel() for root in roots for param in root.parameters()}.values())
+    models = " and ".join(type(root).__name__ for root in roots)
+    return f"{models} ({number:,} parameters, {' and '.join(type(o).__name__ for o in optimizers)})"
+
+
+def roots_of(module: nn.Module, needed: set[int]) -> list[nn.Module]:
+    """Find the models that own an optimizer's parameters.
+
+    Args:
+        module: one that is called, and owns some of them.
+        needed: the ids of all of them.
+
+    Returns:
+        The module itself if it owns them all. Otherwise the smallest module around it that owns the most of them, and
+        others for the rest.
+
+    >>> encoder, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.1)
+    >>> roots_of(encoder, params_of([optimizer])) == [encoder, decoder]
+    True
+    """
+    owned = {id(param) for param in module.parameters()}
+    if needed <= owned:
+        return [module]
+    # `type`, not `isinstance`: lazy proxies would be woken up.
+    live = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    owners = [(one, {id(p) for p in one.parameters()}, {id(m) for m in one.modules()}) for one in live]
+    around = [owner for owner in owners if id(module) in owner[2]]
+    roots = [_best(around, needed)]
+    while rest := needed - set().union(*(root[1] for root in roots)):
+        taken = set().union(*(root[2] for root in roots))
+        others = [o for o in owners if o[1] & rest and not o[2] & taken]
+        if not others:
+            break
+        roots.append(_best(others, rest))
+    return [root[0] for root in roots]
+
+
+def _best(owners: list[Any], needed: set[int]) -> Any:
+    return min(owners, key=lambda owner: (-len(owner[1] & needed), len(owner[1]), len(owner[2])))
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a model that a script is about to train is not to be wrapped; None where it is.
+
+    Args:
+        module: the root; what surrounds its call counts, too.
+    """
+    params = [param for param in module.parameters() if param.is_floating_point()]
+    kinds = {param.device.type for param in params}
+    if any(torch.is_autocast_enabled(kind) for kind in kinds):
+        return "the script calls it under torch.autocast: its precision is the script's own"
+    low = {param.dtype for param in params if param.requires_grad} - {torch.float32}
+    if low:
+        return f"its parameters are {' and '.join(sorted(map(name, low)))}: its precision is the script's own"
+    for one in module.modules():
+        home = type(one).__module__
+        if home.startswith(("deepspeed.", "torch.distributed.fsdp.fully_sharded_data_parallel")):
+            return f"{home.partition('.')[0]}'s {type(one).__name__} has a precision setting of its own"
+    apex = getattr(sys.modules.get("apex.amp._amp_state"), "_amp_state", None)
+    if getattr(getattr(apex, "opt_properties", None), "enabled", False):
+        return "the installed Apex patches torch for it"
+    return None
