@@ -475,6 +475,7 @@ def resumed_run_is_bit_identical(policy: str) -> None:
     def adam(params: Any) -> Any:
         return torch.optim.AdamW(params, lr=0.01)
 
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch.distributed.checkpoint's own (2.9)
     folders = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
     scale = LossScale(init_scale=64.0, growth_interval=3)
