@@ -556,7 +556,7 @@ def policies_that_disagree_are_refused(policy: str) -> None:
         with raises(wrapprec.PolicyError, f"Expected {text}", "Received: MixedPrecisionPolicy(param_dtype=", remedy):
             wrapprec.wrap(model, None, policy)
         assert all("forward" not in module.__dict__ for module in model.modules())
-    for told, _ in [] if scales else with_scale:
+    for told, _ in [] if scales else with_scale[::2]:  # and with bfloat16 outputs, if the loss takes them
         model, plain = net(), net()
         _, handle = build(model, policy, told=told)
         backward(model)
