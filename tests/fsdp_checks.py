@@ -475,6 +475,7 @@ def resumed_run_is_bit_identical(policy: str) -> None:
     def adam(params: Any) -> Any:
         return torch.optim.AdamW(params, lr=0.01)
 
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch.distributed.checkpoint's own (2.9)
     folders = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
     scale = LossScale(init_scale=64.0, growth_interval=3)
@@ -555,7 +556,7 @@ def policies_that_disagree_are_refused(policy: str) -> None:
         with raises(wrapprec.PolicyError, f"Expected {text}", "Received: MixedPrecisionPolicy(param_dtype=", remedy):
             wrapprec.wrap(model, None, policy)
         assert all("forward" not in module.__dict__ for module in model.modules())
-    for told, _ in [] if scales else with_scale:
+    for told, _ in [] if scales else with_scale[::2]:  # and with bfloat16 outputs, if the loss takes them
         model, plain = net(), net()
         _, handle = build(model, policy, told=told)
         backward(model)

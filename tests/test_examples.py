@@ -40,6 +40,7 @@ def test_every_example_is_run_here() -> None:
         "gpt.py",
         "benchmark.py",
         "distributed.py",
+        "sharded.py",
         "tpu.py",
         "optimizer_bits.py",
     }
@@ -86,6 +87,23 @@ def test_distributed_trains_two_processes_to_the_same_weights_and_scale(tmp_path
     assert f"2 processes under {policy}, accuracy" in done.stdout
     assert "weights and scale are the same everywhere: True" in done.stdout
     assert "saved custom_checkpoint_0.pkl, " in done.stdout or policy == "bf16-module"
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-module"])
+def test_sharded_trains_two_processes_to_the_same_scale(tmp_path: Path, policy: str) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(EXAMPLES / "sharded.py"), "--small", "--policy", policy]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(rf"2 processes under {policy}, accuracy ([0-9.]+)%", done.stdout)
+    assert found, done.stdout
+    assert float(found[1]) > 80  # one in ten by chance
+    # Half of each weight and bias: all have an even number of rows.
+    assert "this one holds 5,461 of 10,922 weights" in done.stdout, done.stdout
+    assert "the same everywhere, and after loading: True" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to one process there")

@@ -18,13 +18,13 @@ PACKAGE = Path(wrapprec.__file__).parent
 # before it in its own layer.
 LAYERS: dict[str, str] = {
     "leaves": "errors undo",
-    "values": "dtypes tree reach cast",
+    "values": "dtypes tree reach sharded cast",
     "wants": "grammar lossscale precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
-    " backends.generic backends.select defaults footprint memory placement plan",
+    " backends.generic backends.select defaults footprint memory placement plan fsdp",
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
-    "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
-    " again native operands traced mismatch region",
+    "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
+    " island again native operands traced mismatch region",
     "step": "patch lowbit lowbit.packages lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer"
     " closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",

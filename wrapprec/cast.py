@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from wrapprec.dtypes import LOW, MIXABLE
 from wrapprec.reach import mend, opaque_in, tensors_in
+from wrapprec.sharded import is_distributed_tensor
 from wrapprec.tree import map_tensors
 
 __all__ = ["cast_tree", "lower", "map_tensors", "mend", "narrow", "opaque_in", "tensors_in"]
@@ -78,8 +79,8 @@ def narrow(mask: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
         return mask
     lowest = torch.finfo(dtype).min
     highest = min(lowest, -least)
-    if torch._C._get_tracing_state() is not None:
-        # The exporter of TorchScript to ONNX has neither isneginf nor threshold.
+    if torch._C._get_tracing_state() is not None or is_distributed_tensor(mask):
+        # The exporter of TorchScript to ONNX has neither isneginf nor threshold; DTensors (2.9) have no threshold.
         return mask.masked_fill((mask <= highest) & (mask > -torch.inf), lowest / 2)
     # Three kernels without a scalar operand, which each would have to be cast.
     return torch.where(mask.isneginf(), mask, functional.threshold(mask, highest, lowest / 2))

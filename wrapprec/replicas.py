@@ -43,6 +43,14 @@ class Record:
         known = [self.pairs.get(id(param), (param, param))[1] for param in params]
         self.bucket.record(flags, known, seen, running)
 
+    def grad_dtype(self, leaf: Tensor) -> torch.dtype:
+        """See `Bucket.grad_dtype`."""
+        return self.bucket.grad_dtype(leaf)
+
+    def deliver(self, leaf: Tensor, grad: Tensor) -> Tensor | None:
+        """See `Bucket.deliver`."""
+        return self.bucket.deliver(leaf, grad)
+
 
 class Replica:
     """What the Forward of one replicated module knows more than others.
