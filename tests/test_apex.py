@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sidebyside import TOLERANCE, Results, assert_same, grads, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -445,6 +447,33 @@ def test_wrong_options_are_refused_with_a_remedy(options: dict[str, Any], text: 
         amp.initialize(model, _sgd(model), verbosity=0, **options)
     assert text in str(raised.value) and "Received: " in str(raised.value) and "Remedy: " in str(raised.value)
     assert wrapprec.handle_of(model) is None
+
+
+@given(
+    level=st.sampled_from(["O0", "O1", "O2", "O3"]),
+    cast_model_type=st.sampled_from([None, False, torch.float32, torch.float16, torch.bfloat16]),
+    patch_torch_functions=st.sampled_from([None, True, False]),
+    keep_batchnorm_fp32=st.sampled_from([None, True, False, "True", "False"]),
+    master_weights=st.sampled_from([None, True, False]),
+    loss_scale=st.sampled_from([None, "dynamic", 1.0, 128, "4096"]),
+)
+def test_any_combination_of_options_is_planned_or_refused(level: str, **options: Any) -> None:
+    model = _classifier()
+    try:
+        read = read_options(level, options)
+    except wrapprec.PolicyError as error:
+        assert "Remedy: " in str(error)
+        return
+    plan = wrapprec.resolve(model, build_policy(read, [model], None), loss_scale=build_scale(read, None, 2.0**24))
+    low = {"16": torch.float16, "bf": torch.bfloat16}.get(read.policy()[:2], torch.float32)
+    placed = {placement.name: placement.precision for placement in plan.placements}
+    assert placed["0"].compute_dtype is low and plan.policy.output_dtype is torch.float32
+    keep = {"True": True, "False": False}.get(str(options["keep_batchnorm_fp32"]), read.keep_batchnorm_fp32)
+    if keep is not None and read.policy() != "16-mixed":
+        assert placed["1"].compute_dtype is (torch.float32 if keep else low)
+    wanted = options["loss_scale"]
+    if wanted not in (None, "dynamic", 1.0):
+        assert plan.loss_scale == wrapprec.LossScale.static(float(wanted))
 
 
 def test_unannounced_loss_is_refused() -> None:

@@ -6,17 +6,21 @@ import importlib
 import sys
 import textwrap
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
 import wrapprec
 from wrapprec.migrate.apex.session import session as apex_session
+from wrapprec.migrate.find import roots_of
 from wrapprec.migrate.run import Session
 from wrapprec.migrate.script import Program, execute
 
@@ -306,8 +310,11 @@ def test_script_of_an_accelerator_with_its_own_precision_is_left_alone(run: Any)
         "    accelerator.backward(loss)\n    optimizer.step(); losses.append(loss.item())"
     )
     try:
-        [line] = run(source, "16-mixed").said
-        assert "leaves precision to wrapprec" in line and "Accelerator(mixed_precision='bf16')" in line
+        ran = run(source, "16-mixed")
+        assert ran.said == [
+            "left Net (58 parameters, SGD) alone, because wrapprec refuses it: Accelerator(mixed_precision='bf16')"
+        ]
+        assert ran.session.summary() == ""
     finally:
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
@@ -345,6 +352,41 @@ def test_summary_says_what_was_wrapped_and_what_came_of_it(run: Any) -> None:
         "init_scale=4096.0, skipped steps 1, final loss scale 2048"
     )
     assert "nothing was wrapped" in run("x = 1", "bf16-mixed").session.summary()
+
+
+def test_warnings_of_wrap_are_said_and_those_of_others_are_theirs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wrapprec.migrate import find
+
+    def warns(*given: Any) -> Any:
+        warnings.warn("ours", wrapprec.WrapprecWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        return wrapprec.wrap(*given)
+
+    monkeypatch.setattr(find, "wrap", warns)
+    with pytest.warns(UserWarning, match="theirs"):
+        ran = run(SCRIPTS["plain"][0], "bf16-mixed")
+    assert ran.said == ["ours"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
+def test_roots_own_every_parameter_of_the_optimizer_and_overlap_nowhere(parents: list[int], data: Any) -> None:
+    modules = [nn.ParameterList([nn.Parameter(torch.zeros(1))])]
+    for number, parent in enumerate(parents):  # any tree, and a second one where the parent is 5
+        modules.append(nn.ParameterList([nn.Parameter(torch.zeros(1))]))
+        if parent < 5:
+            modules[parent % (number + 1)].add_module(f"child{number}", modules[-1])
+    chosen = data.draw(st.lists(st.sampled_from(modules), min_size=1, unique_by=id))
+    called = data.draw(st.sampled_from(chosen))
+    needed = {id(param) for module in chosen for param in module._parameters.values()}
+    roots = roots_of(called, needed, modules)
+    assert needed <= {id(param) for root in roots for param in root.parameters()}
+    below = [id(module) for root in roots for module in root.modules()]
+    assert len(below) == len(set(below)) and id(called) in below
+    for root in roots:  # no child of a root would do in its place
+        mine = needed & {id(param) for param in root.parameters()}
+        inside = [child for child in root.children() if mine <= {id(param) for param in child.parameters()}]
+        assert root is called or not inside or all(id(called) not in map(id, c.modules()) for c in inside)
 
 
 # Apex, where it is not installed
