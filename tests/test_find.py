@@ -146,6 +146,7 @@ SCRIPTS: dict[str, tuple[str, list[str]]] = {
     ),
     "Apex": (
         "from apex import amp\nfrom apex.optimizers import FusedAdam\nimport apex.parallel as parallel\nimport apex\n"
+        "from apex.fp16_utils import *\nfrom apex.multi_tensor_apply import multi_tensor_applier\n"
         "model = Net()\noptimizer = FusedAdam(model.parameters(), lr=0.01, eps=1e-2)\n"
         "model, optimizer = amp.initialize(model, optimizer, opt_level='O1', verbosity=0)\n"
         "for x, y in batches():\n    optimizer.zero_grad()\n    loss = F.mse_loss(model(x), y)\n"
@@ -248,6 +249,20 @@ def test_low_precision_is_really_used(run: Any) -> None:
 def test_calls_are_watched_only_until_every_optimizer_has_its_model(run: Any) -> None:
     assert run(SCRIPTS["a GAN"][0], "bf16-mixed").watches is False
     assert run(SCRIPTS["a frozen teacher, and an input that is trained"][0], "bf16-mixed").watches is True
+
+
+def test_watch_ends_where_an_optimizer_was_dropped(run: Any) -> None:
+    source = "torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1)\n" + SCRIPTS["plain"][0]
+    assert run(source, "bf16-mixed").watches is False
+
+
+def test_model_without_shapes_yet_is_found(run: Any) -> None:
+    source = "model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 2))\n"
+    source += "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
+    ran = run(source, "bf16-mixed")
+    want = torch.tensor(_curve(source))
+    assert (torch.tensor(ran.names["losses"]) - want).abs().max() <= 4 * 2**-8 * want.abs().max()
+    assert ran.session.finder.found[0].reason is None
 
 
 def test_watch_ends_where_an_optimizer_has_no_model(run: Any) -> None:
@@ -395,10 +410,19 @@ def test_roots_own_every_parameter_of_the_optimizer_and_overlap_nowhere(parents:
 def test_libraries_are_not_told_that_there_is_apex(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site-packages"
     folder.mkdir()
-    (folder / "looks_for_apex.py").write_text("try:\n    import apex\nexcept ImportError:\n    apex = None\n")
+    (folder / "looks_for_apex.py").write_text(
+        "import importlib.util\ntry:\n    import apex\nexcept ImportError:\n    apex = None\n"
+        "if importlib.util.find_spec('apex'):\n    apex = 'found'\n"
+        "try:\n    importlib.import_module('apex')\nexcept ImportError:\n    pass\nelse:\n    apex = 'imported'\n"
+    )
     monkeypatch.syspath_prepend(str(folder))
-    ran = run("import looks_for_apex\nfirst = looks_for_apex.apex\nfrom apex import amp\n", "bf16-mixed")
-    assert ran.names["first"] is None and ran.names["amp"].__name__ == "wrapprec.migrate.apex.amp"
+    source = "import importlib.util, looks_for_apex\nfirst = looks_for_apex.apex\n"
+    ran = run(source + "mine = importlib.util.find_spec('apex')\nfrom apex import amp\n", "bf16-mixed")
+    assert (
+        ran.names["first"] is None
+        and ran.names["mine"] is not None
+        and ran.names["amp"].__name__ == "wrapprec.migrate.apex.amp"
+    )
     assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"
 
 

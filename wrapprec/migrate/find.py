@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from wrapprec.dtypes import name
@@ -128,9 +129,9 @@ class Finder:
             mine = [optimizer for optimizer in waiting if owned & params_of([optimizer])]
             if mine:
                 self._settle(module, mine)
-                self._waiting = [ref for ref in self._waiting if all(ref() is not known for known in mine)]
             elif owned:
                 self._misses += 1
+            self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
             if not self._waiting or self._misses > _PATIENCE:
                 self._rest()
 
@@ -182,7 +183,8 @@ def params_of(optimizers: Iterable[Optimizer]) -> set[int]:
 
 
 def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
-    number = sum({id(param): param.numel() for root in roots for param in root.parameters()}.values())
+    sizes = {id(p): p.numel() for root in roots for p in root.parameters() if not is_lazy(p)}
+    number = sum(sizes.values())
     models = " and ".join(type(root).__name__ for root in roots)
     return f"{models} ({number:,} parameters, {' and '.join(type(o).__name__ for o in optimizers)})"
 
