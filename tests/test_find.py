@@ -404,6 +404,13 @@ def test_roots_own_every_parameter_of_the_optimizer_and_overlap_nowhere(parents:
         assert root is called or not inside or all(id(called) not in map(id, c.modules()) for c in inside)
 
 
+def test_modules_that_were_not_built_to_the_end_are_passed_over() -> None:
+    unfinished = object.__new__(nn.Linear)
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert roots_of(one, {id(param) for param in (*one.parameters(), *two.parameters())}) == [one, two]
+    assert not vars(unfinished)
+
+
 # Apex, where it is not installed
 
 

@@ -210,8 +210,8 @@ def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | No
     if needed <= owned:
         return [module]
     if live is None:
-        # `type`, not `isinstance`: lazy proxies would be woken up.
-        live = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+        # `type`, not `isinstance`: lazy proxies would be woken up. Some were never built to the end.
+        live = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
     owners = [(one, {id(p) for p in one.parameters()}, {id(m) for m in one.modules()}) for one in live]
     around = [owner for owner in owners if id(module) in owner[2]]
     roots = [_best(around, needed)]
