@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sidebyside import TOLERANCE, Results, assert_same, grads, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +83,43 @@ def test_imagenet_script_trains_as_in_float32(level: str, scale: Any) -> None:
     got = _with_apex(_classifier(), opt_level=level, loss_scale=scale, verbosity=0)
     # Four steps of momentum add up the roundings of each; a wrong scale is off by 128 at least.
     assert_same(got, _by_hand(_classifier()), "16-mixed", slack=8)
+
+
+@pytest.mark.parametrize("keep", [None, True, "False"])
+def test_o2_trains_whatever_is_said_of_batch_normalisation(keep: Any) -> None:
+    got = _with_apex(_classifier(), opt_level="O2", keep_batchnorm_fp32=keep, verbosity=0)
+    assert_same(got, _by_hand(_classifier()), "16-mixed", slack=8)
+
+
+def _applies_true_half() -> bool:
+    try:
+        wrapprec.wrap(nn.Linear(2, 2), policy="16-true").unwrap()
+    except wrapprec.PolicyError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _applies_true_half(), reason="16-true is not applied yet")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt_level": "O3"},
+        {"opt_level": "O3", "keep_batchnorm_fp32": True},
+        {"opt_level": "O3", "loss_scale": 128.0},
+        {"opt_level": "O3", "loss_scale": "dynamic"},
+        {"opt_level": "O2", "master_weights": False},
+    ],
+)
+def test_o3_trains_in_float16_weights(options: dict[str, Any]) -> None:
+    model = _classifier()
+    got = _with_apex(model, verbosity=0, **options)
+    keeps = options["opt_level"] == "O2" or options.get("keep_batchnorm_fp32") is True
+    dtypes = [param.dtype for param in model.parameters()]
+    assert dtypes == [torch.float16, *[torch.float32 if keeps else torch.float16] * 2, *[torch.float16] * 2]
+    want = _by_hand(_classifier())
+    assert got["losses"] is not None and want["losses"] is not None
+    # Weights of order one, rounded to 11 bits at each of four steps.
+    torch.testing.assert_close(got["losses"], want["losses"], rtol=8 * 2**-11, atol=8 * 2**-11)
 
 
 @pytest.mark.parametrize("options", [{"opt_level": "O0"}, {"opt_level": "O0", "loss_scale": "dynamic"}])
@@ -402,7 +441,7 @@ def test_bounds_of_the_scale_hold_from_the_start(least: Any, most: Any, first: f
     ("level", "keep", "low", "computes"),
     [
         ("O2", None, "16-module", torch.float32),
-        ("O2", "False", "16-module", torch.float16),
+        ("O2", "False", "16-module", torch.float32),
         ("O3", True, "16-true", torch.float32),
         ("O3", None, "16-true", torch.float16),
     ],
@@ -445,6 +484,33 @@ def test_wrong_options_are_refused_with_a_remedy(options: dict[str, Any], text: 
         amp.initialize(model, _sgd(model), verbosity=0, **options)
     assert text in str(raised.value) and "Received: " in str(raised.value) and "Remedy: " in str(raised.value)
     assert wrapprec.handle_of(model) is None
+
+
+@given(
+    level=st.sampled_from(["O0", "O1", "O2", "O3"]),
+    cast_model_type=st.sampled_from([None, False, torch.float32, torch.float16, torch.bfloat16]),
+    patch_torch_functions=st.sampled_from([None, True, False]),
+    keep_batchnorm_fp32=st.sampled_from([None, True, False, "True", "False"]),
+    master_weights=st.sampled_from([None, True, False]),
+    loss_scale=st.sampled_from([None, "dynamic", 1.0, 128, "4096"]),
+)
+def test_any_combination_of_options_is_planned_or_refused(level: str, **options: Any) -> None:
+    model = _classifier()
+    try:
+        read = read_options(level, options)
+    except wrapprec.PolicyError as error:
+        assert "Remedy: " in str(error)
+        return
+    plan = wrapprec.resolve(model, build_policy(read, [model], None), loss_scale=build_scale(read, None, 2.0**24))
+    low = {"16": torch.float16, "bf": torch.bfloat16}.get(read.policy()[:2], torch.float32)
+    placed = {placement.name: placement.precision for placement in plan.placements}
+    assert placed["0"].compute_dtype is low and plan.policy.output_dtype is torch.float32
+    keep = {"True": True, "False": False}.get(str(options["keep_batchnorm_fp32"]), read.keep_batchnorm_fp32)
+    if keep is not None and read.policy() in ("16-true", "bf16-true"):
+        assert placed["1"].compute_dtype is (torch.float32 if keep else low)
+    wanted = options["loss_scale"]
+    if wanted not in (None, "dynamic", 1.0):
+        assert plan.loss_scale == wrapprec.LossScale.static(float(wanted))
 
 
 def test_unannounced_loss_is_refused() -> None:

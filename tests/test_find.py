@@ -6,17 +6,21 @@ import importlib
 import sys
 import textwrap
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
 import wrapprec
 from wrapprec.migrate.apex.session import session as apex_session
+from wrapprec.migrate.find import roots_of
 from wrapprec.migrate.run import Session
 from wrapprec.migrate.script import Program, execute
 
@@ -142,6 +146,7 @@ SCRIPTS: dict[str, tuple[str, list[str]]] = {
     ),
     "Apex": (
         "from apex import amp\nfrom apex.optimizers import FusedAdam\nimport apex.parallel as parallel\nimport apex\n"
+        "from apex.fp16_utils import *\nfrom apex.multi_tensor_apply import multi_tensor_applier\n"
         "model = Net()\noptimizer = FusedAdam(model.parameters(), lr=0.01, eps=1e-2)\n"
         "model, optimizer = amp.initialize(model, optimizer, opt_level='O1', verbosity=0)\n"
         "for x, y in batches():\n    optimizer.zero_grad()\n    loss = F.mse_loss(model(x), y)\n"
@@ -246,6 +251,20 @@ def test_calls_are_watched_only_until_every_optimizer_has_its_model(run: Any) ->
     assert run(SCRIPTS["a frozen teacher, and an input that is trained"][0], "bf16-mixed").watches is True
 
 
+def test_watch_ends_where_an_optimizer_was_dropped(run: Any) -> None:
+    source = "torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1)\n" + SCRIPTS["plain"][0]
+    assert run(source, "bf16-mixed").watches is False
+
+
+def test_model_without_shapes_yet_is_found(run: Any) -> None:
+    source = "model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 2))\n"
+    source += "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
+    ran = run(source, "bf16-mixed")
+    want = torch.tensor(_curve(source))
+    assert (torch.tensor(ran.names["losses"]) - want).abs().max() <= 4 * 2**-8 * want.abs().max()
+    assert ran.session.finder.found[0].reason is None
+
+
 def test_watch_ends_where_an_optimizer_has_no_model(run: Any) -> None:
     source = "other = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1)\nlayer = nn.Linear(1, 1)\n"
     assert run(source + "for _ in range(1000): layer(torch.ones(1))", "bf16-mixed").watches is True
@@ -306,8 +325,11 @@ def test_script_of_an_accelerator_with_its_own_precision_is_left_alone(run: Any)
         "    accelerator.backward(loss)\n    optimizer.step(); losses.append(loss.item())"
     )
     try:
-        [line] = run(source, "16-mixed").said
-        assert "leaves precision to wrapprec" in line and "Accelerator(mixed_precision='bf16')" in line
+        ran = run(source, "16-mixed")
+        assert ran.said == [
+            "left Net (58 parameters, SGD) alone, because wrapprec refuses it: Accelerator(mixed_precision='bf16')"
+        ]
+        assert ran.session.summary() == ""
     finally:
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
@@ -347,16 +369,67 @@ def test_summary_says_what_was_wrapped_and_what_came_of_it(run: Any) -> None:
     assert "nothing was wrapped" in run("x = 1", "bf16-mixed").session.summary()
 
 
+def test_warnings_of_wrap_are_said_and_those_of_others_are_theirs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wrapprec.migrate import find
+
+    def warns(*given: Any) -> Any:
+        warnings.warn("ours", wrapprec.WrapprecWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        return wrapprec.wrap(*given)
+
+    monkeypatch.setattr(find, "wrap", warns)
+    with pytest.warns(UserWarning, match="theirs"):
+        ran = run(SCRIPTS["plain"][0], "bf16-mixed")
+    assert ran.said == ["ours"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
+def test_roots_own_every_parameter_of_the_optimizer_and_overlap_nowhere(parents: list[int], data: Any) -> None:
+    modules = [nn.ParameterList([nn.Parameter(torch.zeros(1))])]
+    for number, parent in enumerate(parents):  # any tree, and a second one where the parent is 5
+        modules.append(nn.ParameterList([nn.Parameter(torch.zeros(1))]))
+        if parent < 5:
+            modules[parent % (number + 1)].add_module(f"child{number}", modules[-1])
+    chosen = data.draw(st.lists(st.sampled_from(modules), min_size=1, unique_by=id))
+    called = data.draw(st.sampled_from(chosen))
+    needed = {id(param) for module in chosen for param in module._parameters.values()}
+    roots = roots_of(called, needed, modules)
+    assert needed <= {id(param) for root in roots for param in root.parameters()}
+    below = [id(module) for root in roots for module in root.modules()]
+    assert len(below) == len(set(below)) and id(called) in below
+    for root in roots:  # no child of a root would do in its place
+        mine = needed & {id(param) for param in root.parameters()}
+        inside = [child for child in root.children() if mine <= {id(param) for param in child.parameters()}]
+        assert root is called or not inside or all(id(called) not in map(id, c.modules()) for c in inside)
+
+
+def test_modules_that_were_not_built_to_the_end_are_passed_over() -> None:
+    unfinished = object.__new__(nn.Linear)
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert roots_of(one, {id(param) for param in (*one.parameters(), *two.parameters())}) == [one, two]
+    assert not vars(unfinished)
+
+
 # Apex, where it is not installed
 
 
 def test_libraries_are_not_told_that_there_is_apex(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site-packages"
     folder.mkdir()
-    (folder / "looks_for_apex.py").write_text("try:\n    import apex\nexcept ImportError:\n    apex = None\n")
+    (folder / "looks_for_apex.py").write_text(
+        "import importlib.util\ntry:\n    import apex\nexcept ImportError:\n    apex = None\n"
+        "if importlib.util.find_spec('apex'):\n    apex = 'found'\n"
+        "try:\n    importlib.import_module('apex')\nexcept ImportError:\n    pass\nelse:\n    apex = 'imported'\n"
+    )
     monkeypatch.syspath_prepend(str(folder))
-    ran = run("import looks_for_apex\nfirst = looks_for_apex.apex\nfrom apex import amp\n", "bf16-mixed")
-    assert ran.names["first"] is None and ran.names["amp"].__name__ == "wrapprec.migrate.apex.amp"
+    source = "import importlib.util, looks_for_apex\nfirst = looks_for_apex.apex\n"
+    ran = run(source + "mine = importlib.util.find_spec('apex')\nfrom apex import amp\n", "bf16-mixed")
+    assert (
+        ran.names["first"] is None
+        and ran.names["mine"] is not None
+        and ran.names["amp"].__name__ == "wrapprec.migrate.apex.amp"
+    )
     assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"
 
 

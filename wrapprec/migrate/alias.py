@@ -6,6 +6,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,12 +70,15 @@ class _Loader(importlib.abc.Loader):
         module.__spec__ = self._spec  # the import system has put the alias's there
 
 
+_IMPORTLIB = str(Path(importlib.__file__).parent) + os.sep
+
+
 def _importer() -> str:
     """The file whose code is importing."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith("<frozen importlib"):
+        if file != __file__ and not file.startswith(("<frozen importlib", _IMPORTLIB)):
             return str(file)
         frame = frame.f_back
     return ""

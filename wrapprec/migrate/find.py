@@ -10,16 +10,19 @@ import functools
 import gc
 import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from wrapprec.dtypes import name
+from wrapprec.errors import WrapprecWarning
 from wrapprec.handle import Handle
 from wrapprec.plan import resolve
 from wrapprec.step import inner_optimizers
@@ -126,9 +129,9 @@ class Finder:
             mine = [optimizer for optimizer in waiting if owned & params_of([optimizer])]
             if mine:
                 self._settle(module, mine)
-                self._waiting = [ref for ref in self._waiting if all(ref() is not known for known in mine)]
             elif owned:
                 self._misses += 1
+            self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
             if not self._waiting or self._misses > _PATIENCE:
                 self._rest()
 
@@ -149,14 +152,26 @@ class Finder:
             print(f"{found.label}: left alone, because {found.reason}" if found.reason else self._plans(roots))
             raise SystemExit(0)
         if found.reason is None:
-            try:
-                found.handle = wrap(roots, mine, self.policy)
-            except Exception as error:  # `wrap` changed nothing, and the script goes on
-                found.reason = " ".join(str(error).split("\n")[:2])
+            self._wrap(found, roots, mine)
         if found.handle is None:
             self.say(f"left {found.label} alone, because {found.reason}")
         else:
             self.when_wrapped()
+
+    def _wrap(self, found: Found, roots: list[nn.Module], optimizers: list[Optimizer]) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                found.handle = wrap(roots, optimizers, self.policy)
+            except Exception as error:  # `wrap` changed nothing, and the script goes on
+                received = [line for line in str(error).splitlines() if line.startswith("Received: ")]
+                text = received[0].removeprefix("Received: ") if received else f"{type(error).__name__}: {error}"
+                found.reason = f"wrapprec refuses it: {text.splitlines()[0]}"
+        for one in caught:
+            if issubclass(one.category, WrapprecWarning):
+                self.say(str(one.message))
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
     def _plans(self, roots: list[nn.Module]) -> str:
         return "\n\n".join(str(resolve(root, self.policy)) for root in roots)
@@ -168,17 +183,19 @@ def params_of(optimizers: Iterable[Optimizer]) -> set[int]:
 
 
 def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
-    number = sum({id(param): param.numel() for root in roots for param in root.parameters()}.values())
+    sizes = {id(p): p.numel() for root in roots for p in root.parameters() if not is_lazy(p)}
+    number = sum(sizes.values())
     models = " and ".join(type(root).__name__ for root in roots)
     return f"{models} ({number:,} parameters, {' and '.join(type(o).__name__ for o in optimizers)})"
 
 
-def roots_of(module: nn.Module, needed: set[int]) -> list[nn.Module]:
+def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | None = None) -> list[nn.Module]:
     """Find the models that own an optimizer's parameters.
 
     Args:
         module: one that is called, and owns some of them.
         needed: the ids of all of them.
+        live: where to look for others; None: every module that there is in this process.
 
     Returns:
         The module itself if it owns them all. Otherwise the smallest module around it that owns the most of them, and
@@ -192,8 +209,9 @@ def roots_of(module: nn.Module, needed: set[int]) -> list[nn.Module]:
     owned = {id(param) for param in module.parameters()}
     if needed <= owned:
         return [module]
-    # `type`, not `isinstance`: lazy proxies would be woken up.
-    live = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    if live is None:
+        # `type`, not `isinstance`: lazy proxies would be woken up. Some were never built to the end.
+        live = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
     owners = [(one, {id(p) for p in one.parameters()}, {id(m) for m in one.modules()}) for one in live]
     around = [owner for owner in owners if id(module) in owner[2]]
     roots = [_best(around, needed)]
@@ -218,7 +236,7 @@ def why_not(module: nn.Module) -> str | None:
     """
     params = [param for param in module.parameters() if param.is_floating_point()]
     kinds = {param.device.type for param in params}
-    if any(torch.is_autocast_enabled(kind) for kind in kinds):
+    if any(_is_autocast_on(kind) for kind in kinds):
         return "the script calls it under torch.autocast: its precision is the script's own"
     low = {param.dtype for param in params if param.requires_grad} - {torch.float32}
     if low:
@@ -231,3 +249,10 @@ def why_not(module: nn.Module) -> str | None:
     if getattr(getattr(apex, "opt_properties", None), "enabled", False):
         return "the installed Apex patches torch for it"
     return None
+
+
+def _is_autocast_on(kind: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # there is none for the meta device
+        return False

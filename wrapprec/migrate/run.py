@@ -16,7 +16,8 @@ from wrapprec.migrate.find import Finder
 from wrapprec.migrate.script import Program, execute
 from wrapprec.policy import Policy
 
-HELP = "run a script unchanged in mixed precision"
+_ENOUGH = 20
+"""Looks at the clock, of a hundredth of a second each, that make a share worth telling."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,18 +84,17 @@ class Session:
         lines = []
         for found in self.finder.found:
             if found.handle is None:
-                lines.append(f"left {found.label} alone, because {found.reason}")
-                continue
+                continue  # said when it was left alone
             policies = " and ".join(dict.fromkeys(str(plan.policy) for plan in found.handle.plans))
             scaled = any(plan.loss_scale is not None for plan in found.handle.plans)
             scale = " and ".join(f"{scale:g}" for scale in found.handle.scales) if scaled else "none"
             skipped = found.handle.state_dict()["skipped_steps"]
             lines.append(f"wrapped {found.label}: {policies}, skipped steps {skipped}, final loss scale {scale}")
-        if any(self.clock.counts.values()):
+        if lines and sum(self.clock.counts.values()) >= _ENOUGH:
             lines.append(f"time since then: {self.clock}")
-        if not lines and self._has_children:
-            return ""  # they trained, and said so
-        return "\n".join(lines) or "no training forward of a model with a torch optimizer was seen: nothing was wrapped"
+        if not lines and not self.finder.found and not self._has_children:  # they say so themselves
+            lines = ["no training forward of a model with a torch optimizer was seen: nothing was wrapped"]
+        return "\n".join(lines)
 
 
 class _Child:

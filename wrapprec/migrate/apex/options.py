@@ -141,14 +141,14 @@ def build_policy(options: Options, models: Sequence[nn.Module], outputs: torch.d
     """
     policy = Policy.parse(options.policy())
     policy = replace(policy, output_dtype=outputs or torch.float32)
-    if options.cast_model_type not in (torch.float16, torch.bfloat16) or options.keep_batchnorm_fp32 is None:
+    if options.keep_batchnorm_fp32 is None or policy.param_dtype is torch.float32:
+        # With float32 weights it stays in float32 in any case: its kernels take low precision activations as they are.
         return policy
-    wanted = torch.float32 if options.keep_batchnorm_fp32 else options.cast_model_type
-    if options.keep_batchnorm_fp32 and options.master_weights:
-        return policy  # what the policy does unasked, and its activations keep their dtype
+    wanted = torch.float32 if options.keep_batchnorm_fp32 else policy.param_dtype
     has = [any(isinstance(module, _BATCH_NORM) for module in model.modules()) for model in models]
     if not any(has):
         return policy
+    assert isinstance(wanted, torch.dtype)
     return replace(policy, rules=(Rule(_BATCH_NORM, wanted),), strict=all(has))
 
 
