@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import math
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fewbits import few_bits, need_torchao  # noqa: F401  a fixture of every test
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -57,14 +56,6 @@ def weights(model: nn.Module) -> Tensor:
 
 
 # The loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _load_packages() -> None:
-    # torchao calls, while it is imported, what torch has deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torchao.optim.subclass_4bit")
 
 
 @pytest.mark.parametrize("policy", ["32-true", "bf16-mixed", "16-mixed"])
@@ -378,6 +369,7 @@ def test_digits_end_within_two_per_cent_of_32_bits(kind: Callable[..., Optimizer
 
 def test_four_bits_learn_as_torchaos_own_optimizer() -> None:
     """Not as 32 bits: a second moment has 16 levels, of which the least is a sixteenth of its block's largest."""
+    need_torchao()
     from torchao.optim import adam
 
     class Own(adam.AdamW4bit):
@@ -434,6 +426,7 @@ def test_character_gpt_ends_within_two_per_cent_of_32_bits() -> None:
 
 
 def test_optimizer_attached_later_has_the_bits_of_wrap_or_its_own() -> None:
+    need_torchao()
     model = make()
     handle = wrapprec.wrap(model, policy="16-mixed", optimizer_bits=8)
     first, second = AdamW(model[0].parameters()), AdamW(model[2].parameters())

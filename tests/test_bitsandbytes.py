@@ -183,6 +183,12 @@ def test_small_tensors_keep_32_bits_and_are_taken(form: str) -> None:
     optimizer.step()
 
 
+def test_the_bits_count_and_not_the_name() -> None:
+    model = make()
+    with pytest.raises(PolicyError, match="Received: LARS, whose 8-bit kernel ignores the trust ratio"):
+        wrapprec.wrap(model, build("LARS", model, optim_bits=8), "bf16-mixed")
+
+
 @pytest.mark.parametrize("form", WRONG)
 def test_attach_refuses_them_too(form: str) -> None:
     model = make()
