@@ -22,7 +22,8 @@ from torch.optim import SGD, AdamW, Optimizer
 import wrapprec
 from wrapprec import PolicyError
 from wrapprec.lowbit import optimizer as lowbit
-from wrapprec.lowbit.codes import is_low, size
+from wrapprec.lowbit.codes import dequantise, is_low, size
+from wrapprec.undo import UndoStack
 
 
 def make(width: int = 64) -> nn.Module:
@@ -303,10 +304,35 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
     assert names == {"just.weight"}
 
 
+def test_what_stands_in_for_a_parameter_is_kept_as_it_is() -> None:
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64)).bfloat16()
+    optimizer = adamw(model)
+    lowbit.convert(optimizer, 8, lambda: [model[0].weight], UndoStack())
+    params = list(model.parameters())
+    for number, param in enumerate(params):
+        wide = nn.Parameter(param.detach().float())
+        wide.stands_for, wide.grad = param, torch.ones_like(wide)
+        optimizer.param_groups[0]["params"][number] = wide
+    embedding, weight, bias = optimizer.param_groups[0]["params"]
+    optimizer.step()
+    assert low(optimizer, embedding) == set() and low(optimizer, weight) == {"exp_avg", "exp_avg_sq"}
+    # The state of a stand-in is that of the parameter afterwards, and stays in float32 when it is wide again.
+    optimizer.param_groups[0]["params"][:] = params
+    for param, wide in zip(params, (embedding, weight, bias), strict=True):
+        optimizer.state[param] = optimizer.state.pop(wide)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for value in values_of(optimizer, params[1]):
+        assert value.dtype is torch.float32
+
+
+def values_of(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
+    return [dequantise(value, param) for value in optimizer.state[param].values() if is_low(value)]
+
+
 def test_float64_parameters_keep_the_state_that_they_have() -> None:
     model = make().double()
     optimizer = adamw(model)
-    lowbit.convert(optimizer, 8, lambda: [], wrapprec.undo.UndoStack())
+    lowbit.convert(optimizer, 8, lambda: [], UndoStack())
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()

@@ -105,6 +105,8 @@ def test_block_of_zeros_stays_zeros(bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_state_comes_back_in_the_form_of_its_parameter(bits: int, dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(spread((5, 7, 3, 3), 2, True).to(dtype, memory_format=torch.channels_last))
+    wide = dequantise(quantise(param.float(), bits, True), param)
+    assert (wide.dtype, wide.stride()) == (torch.float32, param.stride())
     got = dequantise(quantise(param, bits, True), param)
     assert (got.shape, got.dtype, got.stride(), got.requires_grad) == (param.shape, dtype, param.stride(), False)
     # Half the widest gap between levels: 0.146 of the block's largest in 4 bits (torchao's linear map has 0.33 below
