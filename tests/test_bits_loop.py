@@ -248,6 +248,19 @@ def test_step_that_fails_leaves_the_state_as_it_was() -> None:
                 assert torch.equal(after[number][key][part], before[number][key][part])
 
 
+def test_distributed_checkpoints_take_the_state() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    models = make(), make()
+    optimizers = [adamw(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        wrapprec.wrap(model, optimizer, "32-true", optimizer_bits=8)
+    train(models[0], optimizers[0], 2)
+    set_optimizer_state_dict(models[1], optimizers[1], get_optimizer_state_dict(models[0], optimizers[0]))
+    mine, theirs = (o.state[m[0].weight]["exp_avg"] for o, m in zip(optimizers, models, strict=True))
+    assert torch.equal(mine["codes"], theirs["codes"]) and torch.equal(mine["absmax"], theirs["absmax"])
+
+
 def test_compiled_step_trains() -> None:
     model = make()
     optimizer = adamw(model)
@@ -572,6 +585,21 @@ def test_settings_that_quantised_state_cannot_serve_are_refused(setting: str, ki
     text = refusal(kind(model.parameters(), **{setting: True}), model)
     assert reason in text and f"Received: {setting}=True" in text and "Where: param_groups[0]" in text
     assert f"Remedy: build it with {setting}=False" in text
+
+
+class Sharded(nn.Parameter):
+    """As DTensors do, it has a part of its own."""
+
+    def to_local(self) -> Tensor:
+        return self.detach()
+
+
+def test_sharded_parameters_are_refused() -> None:
+    model = make()
+    model[2].weight = Sharded(model[2].weight.detach())
+    text = refusal(adamw(model), model)
+    assert "Received: a Sharded of shape (64, 64), as fully_shard makes them" in text
+    assert "Remedy: leave optimizer_bits out and build an 8-bit optimizer of bitsandbytes after sharding" in text
 
 
 def test_other_bits_for_a_converted_optimizer_are_refused() -> None:
