@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import math
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fewbits import few_bits, need_torchao  # noqa: F401  a fixture of every test
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import wrapprec
 from wrapprec import PolicyError
 from wrapprec.lowbit import optimizer as lowbit
-from wrapprec.lowbit.codes import is_low, size
+from wrapprec.lowbit.codes import dequantise, is_low, size
+from wrapprec.undo import UndoStack
 
 
 def make(width: int = 64) -> nn.Module:
@@ -57,14 +57,6 @@ def weights(model: nn.Module) -> Tensor:
 
 
 # The loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _load_packages() -> None:
-    # torchao calls, while it is imported, what torch has deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torchao.optim.subclass_4bit")
 
 
 @pytest.mark.parametrize("policy", ["32-true", "bf16-mixed", "16-mixed"])
@@ -256,6 +248,19 @@ def test_step_that_fails_leaves_the_state_as_it_was() -> None:
                 assert torch.equal(after[number][key][part], before[number][key][part])
 
 
+def test_distributed_checkpoints_take_the_state() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    models = make(), make()
+    optimizers = [adamw(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        wrapprec.wrap(model, optimizer, "32-true", optimizer_bits=8)
+    train(models[0], optimizers[0], 2)
+    set_optimizer_state_dict(models[1], optimizers[1], get_optimizer_state_dict(models[0], optimizers[0]))
+    mine, theirs = (o.state[m[0].weight]["exp_avg"] for o, m in zip(optimizers, models, strict=True))
+    assert torch.equal(mine["codes"], theirs["codes"]) and torch.equal(mine["absmax"], theirs["absmax"])
+
+
 def test_compiled_step_trains() -> None:
     model = make()
     optimizer = adamw(model)
@@ -312,10 +317,35 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
     assert names == {"just.weight"}
 
 
+def test_what_stands_in_for_a_parameter_is_kept_as_it_is() -> None:
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64)).bfloat16()
+    optimizer = adamw(model)
+    lowbit.convert(optimizer, 8, lambda: [model[0].weight], UndoStack())
+    params = list(model.parameters())
+    for number, param in enumerate(params):
+        wide = nn.Parameter(param.detach().float())
+        wide.stands_for, wide.grad = param, torch.ones_like(wide)
+        optimizer.param_groups[0]["params"][number] = wide
+    embedding, weight, bias = optimizer.param_groups[0]["params"]
+    optimizer.step()
+    assert low(optimizer, embedding) == set() and low(optimizer, weight) == {"exp_avg", "exp_avg_sq"}
+    # The state of a stand-in is that of the parameter afterwards, and stays in float32 when it is wide again.
+    optimizer.param_groups[0]["params"][:] = params
+    for param, wide in zip(params, (embedding, weight, bias), strict=True):
+        optimizer.state[param] = optimizer.state.pop(wide)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for value in values_of(optimizer, params[1]):
+        assert value.dtype is torch.float32
+
+
+def values_of(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
+    return [dequantise(value, param) for value in optimizer.state[param].values() if is_low(value)]
+
+
 def test_float64_parameters_keep_the_state_that_they_have() -> None:
     model = make().double()
     optimizer = adamw(model)
-    lowbit.convert(optimizer, 8, lambda: [], wrapprec.undo.UndoStack())
+    lowbit.convert(optimizer, 8, lambda: [], UndoStack())
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -378,6 +408,7 @@ def test_digits_end_within_two_per_cent_of_32_bits(kind: Callable[..., Optimizer
 
 def test_four_bits_learn_as_torchaos_own_optimizer() -> None:
     """Not as 32 bits: a second moment has 16 levels, of which the least is a sixteenth of its block's largest."""
+    need_torchao()
     from torchao.optim import adam
 
     class Own(adam.AdamW4bit):
@@ -434,6 +465,7 @@ def test_character_gpt_ends_within_two_per_cent_of_32_bits() -> None:
 
 
 def test_optimizer_attached_later_has_the_bits_of_wrap_or_its_own() -> None:
+    need_torchao()
     model = make()
     handle = wrapprec.wrap(model, policy="16-mixed", optimizer_bits=8)
     first, second = AdamW(model[0].parameters()), AdamW(model[2].parameters())
@@ -553,6 +585,21 @@ def test_settings_that_quantised_state_cannot_serve_are_refused(setting: str, ki
     text = refusal(kind(model.parameters(), **{setting: True}), model)
     assert reason in text and f"Received: {setting}=True" in text and "Where: param_groups[0]" in text
     assert f"Remedy: build it with {setting}=False" in text
+
+
+class Sharded(nn.Parameter):
+    """As DTensors do, it has a part of its own."""
+
+    def to_local(self) -> Tensor:
+        return self.detach()
+
+
+def test_sharded_parameters_are_refused() -> None:
+    model = make()
+    model[2].weight = Sharded(model[2].weight.detach())
+    text = refusal(adamw(model), model)
+    assert "Received: a Sharded of shape (64, 64), as fully_shard makes them" in text
+    assert "Remedy: leave optimizer_bits out and build an 8-bit optimizer of bitsandbytes after sharding" in text
 
 
 def test_other_bits_for_a_converted_optimizer_are_refused() -> None:

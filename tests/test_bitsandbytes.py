@@ -165,6 +165,22 @@ def test_the_trust_ratio_is_really_ignored(form: str) -> None:
     assert lengths[wide] <= 1.001 and lengths[optimizer] > 5 * lengths[wide]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", [name for name in NAMES if f"{name}8bit" not in WRONG])
+def test_the_8_bit_kernels_that_are_taken_compute_as_those_of_32_bits(name: str, decay: float) -> None:
+    narrow, wide = make(), make()
+    forms = f"{name}8bit", name if name == "AdEMAMix" else f"{name}32bit"
+    optimizers = [build(form, net, weight_decay=decay) for form, net in zip(forms, (narrow, wide), strict=True)]
+    for number in range(6):
+        for net, optimizer in zip((narrow, wide), optimizers, strict=True):
+            gradients(net, number)
+            optimizer.step()
+    moved = (wide[0].weight - make()[0].weight).detach().norm()
+    # Six roundings of the state, of which each is 1 % of a large value. Lion's step is the sign of a sum, which
+    # rounding turns now and then.
+    assert (narrow[0].weight - wide[0].weight).detach().norm() < (0.1 if name == "Lion" else 0.03) * moved
+
+
 @pytest.mark.parametrize("form", BROKEN)
 def test_an_optimizer_without_room_for_its_averages_is_refused(form: str) -> None:
     model = make()
@@ -181,6 +197,12 @@ def test_small_tensors_keep_32_bits_and_are_taken(form: str) -> None:
     wrapprec.wrap(model, optimizer, "bf16-mixed")
     gradients(model, 0)
     optimizer.step()
+
+
+def test_the_bits_count_and_not_the_name() -> None:
+    model = make()
+    with pytest.raises(PolicyError, match="Received: LARS, whose 8-bit kernel ignores the trust ratio"):
+        wrapprec.wrap(model, build("LARS", model, optim_bits=8), "bf16-mixed")
 
 
 @pytest.mark.parametrize("form", WRONG)

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 
 import pytest
 import torch
+from fewbits import few_bits  # noqa: F401  a fixture of every test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from wrapprec import PolicyError
-from wrapprec.lowbit.codes import Low, dequantise, is_low, quantise, size
+from wrapprec.lowbit.codes import Low, dequantise, is_low, load_kernels, quantise, size
 
 BLOCK = {8: 256, 4: 128}
 
 both = pytest.mark.parametrize("bits", [8, 4])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _load_packages() -> None:
-    # torchao calls, while it is imported, what torch has deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torchao.optim.subclass_4bit")
 
 
 def levels(bits: int, signed: bool) -> Tensor:
@@ -113,6 +105,8 @@ def test_block_of_zeros_stays_zeros(bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_state_comes_back_in_the_form_of_its_parameter(bits: int, dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(spread((5, 7, 3, 3), 2, True).to(dtype, memory_format=torch.channels_last))
+    wide = dequantise(quantise(param.float(), bits, True), param)
+    assert (wide.dtype, wide.stride()) == (torch.float32, param.stride())
     got = dequantise(quantise(param, bits, True), param)
     assert (got.shape, got.dtype, got.stride(), got.requires_grad) == (param.shape, dtype, param.stride(), False)
     # Half the widest gap between levels: 0.146 of the block's largest in 4 bits (torchao's linear map has 0.33 below
@@ -137,18 +131,29 @@ def test_nothing_else_is_taken_for_a_quantised_tensor(other: object) -> None:
     assert not is_low(other)
 
 
-@pytest.mark.parametrize(("bits", "package", "extra"), [(8, "bitsandbytes", "bitsandbytes"), (4, "torchao", "fp8")])
+@pytest.mark.parametrize(
+    ("bits", "package", "extra"), [(8, "bitsandbytes", "bitsandbytes"), (4.0, "torchao", "fp8")], ids=["8", "4"]
+)
 def test_missing_package_is_named_with_its_extra(
-    bits: int, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    bits: float, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wrapprec.lowbit.codes import load_kernels
-
     def refuse(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(PolicyError) as caught:
-        load_kernels(bits)
+        load_kernels(int(bits))
     text = str(caught.value)
-    assert f"Expected {package} to be installed, for optimizer_bits={bits}." in text
-    assert f"Remedy: pip install 'wrapprec[{extra}]'" in text
+    assert f"Expected {package} to be installed, for optimizer_bits={int(bits)}." in text
+    assert text.endswith(f"Remedy: pip install 'wrapprec[{extra}]'")
+
+
+def test_package_that_does_not_go_with_this_torch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError("cannot import name 'ScalingType' from 'torch.nn.functional'")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(PolicyError) as caught:
+        load_kernels(4)
+    assert "Received: ImportError: cannot import name 'ScalingType'" in str(caught.value)
+    assert f"with a torchao that was made for torch {torch.__version__}" in str(caught.value)

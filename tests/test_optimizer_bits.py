@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fewbits import few_bits  # noqa: F401  a fixture of every test
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wrapprec
@@ -19,14 +20,6 @@ from wrapprec.lowbit.codes import dequantise, is_low, quantise
 
 State = dict[str, Any]
 both = pytest.mark.parametrize("bits", [8, 4])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _load_packages() -> None:
-    # torchao calls, while it is imported, what torch has deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torchao.optim.subclass_4bit")
 
 
 # One step of each optimizer by hand, from the formulas of torch's documentation: (weight, gradient, state, settings)
@@ -271,6 +264,41 @@ def test_unwrap_gives_32_bit_state_with_which_torch_goes_on(name: str, bits: int
     # near its block's largest, more of a small one. State that was lost (zeros) or left as codes is off by 0.5 and
     # more.
     assert off / moved < (0.1 if bits == 8 else 0.4)
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from([name for name in ALL if name not in ("SGD nesterov",)]),
+    program=st.lists(
+        st.sampled_from(["step", "step", "overflow", "checkpoint", "no gradients"]), min_size=2, max_size=8
+    ),
+)
+def test_overflows_and_checkpoints_anywhere_leave_no_trace(name: str, program: list[str]) -> None:
+    ends = []
+    for plain in (True, False):
+        model = Net()
+        optimizer = build(name, model)
+        handle = wrapprec.wrap(model, optimizer, "16-mixed", loss_scale=256.0, optimizer_bits=8)
+        for number, action in enumerate(program):
+            if action == "step":
+                backward(model, number)
+                optimizer.step()
+            elif action == "overflow" and not plain:
+                backward(model, number, factor=math.inf)
+                optimizer.step()
+                assert handle.step_was_skipped
+            elif action == "checkpoint" and not plain:
+                saved = copy.deepcopy(optimizer.state_dict())
+                handle.unwrap()
+                optimizer = build(name, model)
+                handle = wrapprec.wrap(model, optimizer, "16-mixed", loss_scale=256.0, optimizer_bits=8)
+                optimizer.load_state_dict(saved)
+                handle.load_state_dict(handle.state_dict())
+            elif action == "no gradients":
+                optimizer.zero_grad()
+                optimizer.step()
+        ends.append(snapshot(model, optimizer))
+    assert_identical(*ends)
 
 
 # State that is there already, checkpoints

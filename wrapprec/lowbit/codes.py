@@ -11,9 +11,12 @@ from torch import Tensor
 from wrapprec.lowbit.packages import bitsandbytes, torchao
 
 Low = dict[str, Any]
-"""A quantised tensor, in types that ``torch.load(weights_only=True)`` takes: codes, absmax, bits and signed."""
+"""A quantised tensor, in types that ``torch.load(weights_only=True)`` takes, and torch's optimizers leave alone.
 
-_KEYS = {"codes", "absmax", "bits", "signed"}
+They would make a generator's name of a string that they load.
+"""
+
+_KEYS = {"codes", "absmax", "bits", "signed", "dtype"}
 _BLOCK = {8: 256, 4: 128}
 _SMALL = 2.0**-9
 
@@ -37,11 +40,12 @@ def quantise(tensor: Tensor, bits: int, signed: bool) -> Low:
         signed: False for what is never negative, such as second moments; no such value becomes zero.
 
     Returns:
-        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block), ``bits``, ``signed``.
+        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block), ``bits``, ``signed``
+        and the ``dtype`` of the tensor.
     """
     flat = tensor.detach().to(torch.float32).reshape(-1)
     codes, absmax = (_quantise_8 if bits == 8 else _quantise_4)(flat, signed)
-    return {"codes": codes, "absmax": absmax, "bits": bits, "signed": signed}
+    return {"codes": codes, "absmax": absmax, "bits": bits, "signed": signed, "dtype": tensor.dtype}
 
 
 def dequantise(low: Low, like: Tensor) -> Tensor:
@@ -49,14 +53,16 @@ def dequantise(low: Low, like: Tensor) -> Tensor:
 
     Args:
         low: from `quantise`; also as an optimizer that was never converted has loaded it.
-        like: has the shape, dtype, device and strides that the state has: the parameter.
+        like: has the shape, device and strides that the state has: the parameter.
     """
     low = restore(low)
     codes, absmax = low["codes"].to(like.device), low["absmax"].to(like.device)
     flat = (_dequantise_8 if low["bits"] == 8 else _dequantise_4)(codes, absmax, low["signed"])[: like.numel()]
-    if like.dtype is torch.float32 and like.is_contiguous():
+    # Not the parameter's: the state of low precision weights may be kept in float32.
+    dtype = low["dtype"]
+    if dtype is torch.float32 and like.is_contiguous():
         return flat.view(like.shape)
-    return torch.empty_like(like, requires_grad=False).copy_(flat.view(like.shape))
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(flat.view(like.shape))
 
 
 def restore(low: Low) -> Low:

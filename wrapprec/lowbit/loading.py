@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from wrapprec.errors import StepError, message
@@ -56,6 +57,8 @@ class Loading:
         for key, param in zip(self._order, params, strict=True):
             for name, low in self._taken.get(key, {}).items():
                 copy = {part: low[part].to(param.device, copy=True) for part in ("codes", "absmax")}
-                optimizer.state[param][name] = {**low, **copy}
+                # As torch has it, but that float32 state of low precision weights stays so.
+                wider = torch.promote_types(low["dtype"], param.dtype)
+                optimizer.state[param][name] = {**low, **copy, "dtype": wider}
         self._taken, self._order = {}, []
         self._quantise()

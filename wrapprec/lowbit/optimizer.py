@@ -228,6 +228,8 @@ class LowBits:
     def _is_quantised(self, param: Tensor) -> bool:
         if is_lazy(param) or param.numel() < _FEWEST or param.dtype not in _QUANTISED:
             return False
+        # Whoever shows the optimizer something else in a parameter's place, as rounding does, says so.
+        param = getattr(param, "stands_for", param)
         if param not in self._known:
             check_plain(param)
             optimizer, kept = self._optimizer(), {id(p) for p in self._kept()}

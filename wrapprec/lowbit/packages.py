@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 from wrapprec.errors import PolicyError, message
 
 
@@ -13,11 +15,13 @@ def _load(module: str, extra: str, wish: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (None, package)
+        fitting = "" if missing else f", with a {package} that was made for torch {torch.__version__}"
         raise PolicyError(
             message(
                 f"{package} to be installed, for {wish}",
                 f"{type(error).__name__}: {error}",
-                remedy=f"pip install 'wrapprec[{extra}]'",
+                remedy=f"pip install 'wrapprec[{extra}]'{fitting}",
             )
         ) from error
 
