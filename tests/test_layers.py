@@ -22,12 +22,11 @@ LAYERS: dict[str, str] = {
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.float8 backends.recurrent backends.base backends.cpu backends.cuda"
     " backends.xla backends.generic backends.select defaults footprint memory placement fits plan",
-    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state"
-    " lowbit lowbit.packages",
-    "effects": "capture copies writes escape checks carried recompute computed outward modes replicas scope island"
-    " again native operands lowbit.float8 traced mismatch region",
-    "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer"
-    " closure fused hold resume verdict step",
+    "state": "current levels standin sharded lent bucket scale border flags boundary ranks schedule audit diagnose"
+    " state lowbit lowbit.packages fsdp",
+    "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
+    " island again native operands lowbit.float8 traced mismatch region",
+    "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
@@ -46,7 +45,7 @@ MAY_IMPORT: dict[str, str] = {
     "step": "leaves state",
     "wrap": "leaves values wants choice state effects step",
     "tools": "leaves values wants choice state effects step wrap",
-    "package": "leaves wants choice effects wrap",
+    "package": "leaves wants choice state effects wrap",
     "cli": "package",
 }
 # Edges against the order, each inside a function, each with the reason why it is still there.
