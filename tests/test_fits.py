@@ -112,6 +112,14 @@ def test_fp8_begins_no_region_of_its_own() -> None:
     assert [p.name for p in plan.placements if p.is_root] == [""]
 
 
+def test_no_copies_of_weights_are_foreseen_for_fp8_layers() -> None:
+    # fp8 is made of the weights themselves; autocast and module casting hold copies in bfloat16 for backward.
+    lent = {p.name: p.weights[0].lent for p in resolve(between(nn.Linear(16, 16)), "fp8-mixed").placements if p.weights}
+    assert lent == {"0": torch.bfloat16, "1": None, "2": torch.bfloat16}
+    plan = resolve(between(nn.Linear(16, 16)), "fp8,casting=module")
+    assert plan.placement("1").weights[0].lent is torch.bfloat16
+
+
 def test_a_shared_layer_is_decided_once() -> None:
     layer = nn.Linear(16, 16)
     found = decided(nn.Sequential(layer, nn.Linear(16, 16), layer))

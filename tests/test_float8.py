@@ -217,6 +217,8 @@ def test_emulation_is_the_exact_product_of_the_fp8_numbers() -> None:
 @each_recipe
 @pytest.mark.parametrize("rows", [32, 5])
 def test_kernels_and_emulation_agree_for_any_number_of_rows(recipe: str, rows: int, monkeypatch: Any) -> None:
+    if torch.__version__ < (2, 13) and recipe != "tensorwise":
+        pytest.skip("torch's kernel for CPUs took one scale a tensor only; emulation takes all")
     results: list[Results] = []
     for multiplies in (False, True):
         monkeypatch.setattr(CpuBackend, "float8", Float8(lambda device, answer=multiplies: answer))
