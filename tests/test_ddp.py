@@ -15,6 +15,8 @@ WITH_FOUR = ["no_sync_accumulates_before_the_mean", "uneven_inputs_with_join", "
 WITH_TWO = [name for name in ddp_checks.CHECKS if name != "only_processes_of_the_same_group_agree"]
 if importlib.util.find_spec("accelerate") is None:
     WITH_TWO = [name for name in WITH_TWO if not name.startswith("accelerator")]
+if importlib.util.find_spec("torchao") is None:
+    WITH_TWO = [name for name in WITH_TWO if not name.startswith("fp8")]
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark.py",
         "distributed.py",
         "sharded.py",
+        "fp8.py",
         "tpu.py",
         "optimizer_bits.py",
     }
@@ -64,6 +65,15 @@ def test_per_module_policy_shows_errors_and_plan(tmp_path: Path, policy: str) ->
     assert len(errors) == 5
     assert errors[-1] <= errors[0] < 0.1  # every Linear in float32, against none; eight bits of mantissa or more
     assert 'rule 2: "head"' in out
+
+
+def test_fp8_shows_the_plan_and_each_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    out = _run(tmp_path, "fp8.py")
+    assert "default: first Linear" in out and "not fp8: out_features=10 is no multiple of 16" in out
+    errors = [float(value) for value in re.findall(r"^\S+-mixed\S* +(0\.\d+) ", out, re.MULTILINE)]
+    # bfloat16, then the recipes: two bits of mantissa or three in the gradients, or bfloat16 in those of the weights.
+    assert len(errors) == 4 and errors[0] < 0.02 < errors[3] < errors[1] < 0.2
 
 
 @pytest.mark.parametrize("policy", ["bf16-mixed", "16-module"])

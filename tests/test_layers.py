@@ -19,14 +19,14 @@ PACKAGE = Path(wrapprec.__file__).parent
 LAYERS: dict[str, str] = {
     "leaves": "errors undo",
     "values": "dtypes tree reach sharded cast",
-    "wants": "grammar lossscale precision rule policy allowlist fills",
-    "choice": "backends backends.fast backends.recurrent backends.base backends.cpu backends.cuda backends.xla"
-    " backends.generic backends.select defaults footprint memory placement plan fsdp",
-    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
+    "wants": "grammar lossscale recipe precision rule policy allowlist fills",
+    "choice": "backends backends.fast backends.float8 backends.recurrent backends.base backends.cpu backends.cuda"
+    " backends.xla backends.generic backends.select defaults footprint memory placement fits plan fsdp",
+    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state"
+    " lowbit lowbit.packages",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
-    " island again native operands traced mismatch region",
-    "step": "patch lowbit lowbit.packages lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer"
-    " closure fused hold resume verdict step",
+    " island again native operands lowbit.float8 traced mismatch region",
+    "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
     "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"

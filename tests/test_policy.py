@@ -14,6 +14,7 @@ from torch import nn
 
 from wrapprec.errors import PolicyError
 from wrapprec.policy import LossScale, Policy, Precision, Rule, parse_loss_scale, rule_precision
+from wrapprec.recipe import RECIPES
 
 pytestmark = pytest.mark.any_device
 
@@ -362,6 +363,7 @@ PRECISIONS = st.one_of(
         st.sampled_from(["op", "module"]),
         st.sampled_from([None, True, False]),
     ),
+    st.builds(Precision, st.just(F32), st.just("fp8"), st.just(F32), st.just("op"), recipe=st.sampled_from(RECIPES)),
 )
 SELECTS = st.one_of(
     st.text(max_size=8),
@@ -386,7 +388,7 @@ SCALES = st.one_of(
 )
 POLICIES = st.builds(
     lambda p, rules, scale, rounding, strict: Policy(
-        p.param_dtype, p.compute_dtype, p.output_dtype, p.casting, p.cast_inputs, rules, scale, rounding, strict
+        **vars(p), rules=rules, loss_scale=scale, rounding=rounding, strict=strict
     ),
     PRECISIONS,
     st.lists(RULES, max_size=3).map(tuple),
@@ -404,3 +406,30 @@ def test_any_policy_parses_back_from_its_text(policy: Policy) -> None:
 @given(POLICIES)
 def test_any_policy_reads_back_from_its_toml(policy: Policy) -> None:
     assert Policy.from_toml(policy.to_toml()) == policy
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_print_and_parse_back(recipe: str) -> None:
+    policy = Policy.parse(f"fp8-mixed,recipe={recipe.upper()}; head = fp8-mixed,recipe=rowwise")
+    assert policy.recipe == policy.precision.recipe == recipe
+    assert Policy.parse(str(policy)) == policy == Policy.from_toml(policy.to_toml())
+    assert policy.rules[0].precision.recipe == "rowwise"
+    assert (Policy.parse("fp8") == Policy.parse(f"fp8,recipe={recipe}")) is (recipe == "tensorwise")
+    assert eval(repr(policy.precision), {"Precision": Precision}) == policy.precision
+
+
+def test_a_recipe_without_fp8_and_an_unknown_one_are_refused() -> None:
+    with pytest.raises(PolicyError) as error:
+        Policy.parse("bf16-mixed,recipe=rowwise")
+    assert str(error.value) == (
+        "Expected a recipe where the compute dtype is fp8 only.\n"
+        "Received: recipe=rowwise, compute=bfloat16\n"
+        "Remedy: leave the recipe out, or compute in fp8"
+    )
+    with pytest.raises(PolicyError) as error:
+        Policy.parse("fp8,recipe=rowise")
+    assert str(error.value) == (
+        "Expected an fp8 recipe, one of tensorwise, rowwise, rowwise_with_gw_hp.\n"
+        "Received: 'rowise'\n"
+        "Remedy: did you mean 'rowwise'? write one of these"
+    )

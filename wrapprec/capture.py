@@ -29,6 +29,11 @@ def is_symbolic() -> bool:
     return symbolic is not None and symbolic._is_fx_tracing_flag and torch._C._get_dispatch_mode(_PROXY) is None
 
 
+def is_recording() -> bool:
+    """make_fx, torch.export or `torch.jit.trace` runs: what a forward does is written down, operation by operation."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None or torch._C._get_tracing_state() is not None
+
+
 def has_no_backward(forward: Forward) -> bool:
     """Say whether a graph without gradients is being recorded, where a loss scale would be on; refuse other graphs.
 

@@ -40,9 +40,11 @@ def copies_weights(module: nn.Module, precision: Precision) -> bool:
         precision: what it got.
 
     Returns:
-        False also for what computes in the dtype that its weights have.
+        False also for what computes in the dtype that its weights have, and where fp8 is made of them.
     """
-    return precision.casting == "module" or (precision.casting == "op" and is_cast_by_autocast(module))
+    if precision.casting == "op":
+        return precision.compute_dtype != "fp8" and is_cast_by_autocast(module)
+    return precision.casting == "module"
 
 
 class Keeper(NamedTuple):

@@ -32,6 +32,7 @@ KEYS = {
     "max_scale": "max_scale",
     "hysteresis": "hysteresis",
     "max_consecutive_skips": "max_consecutive_skips",
+    "recipe": "recipe",
     "rounding": "rounding",
     "strict": "strict",
 }
@@ -203,6 +204,29 @@ def print_select(select: str | type | Callable[..., Any]) -> str:
     if found is select:
         return f"{kind}:{home}{join}{path}"
     return f"{kind}:<{path.rpartition('.')[2].strip('<>')}>"
+
+
+def read_flag(fields: Mapping[str, str], key: str) -> bool | None:
+    """Read a field that is true or false.
+
+    Args:
+        fields: values by full key.
+        key: which one.
+
+    Returns:
+        The flag, or None where it is not given.
+
+    Raises:
+        PolicyError: it is neither.
+
+    >>> read_flag({"strict": "false"}, "strict"), read_flag({}, "strict")
+    (False, None)
+    """
+    if key not in fields:
+        return None
+    if fields[key].lower() not in ("true", "false"):
+        raise PolicyError(message(f"true or false for {key}", f"{key}={fields[key]}", remedy="write true or false"))
+    return fields[key].lower() == "true"
 
 
 def read_toml(source: str | Path) -> dict[str, Any]:

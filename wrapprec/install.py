@@ -15,11 +15,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wrapprec import audit
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
-from wrapprec.defaults import is_cast_by_autocast
+from wrapprec.defaults import copies_weights
 from wrapprec.dtypes import is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.fsdp import check_sharding
 from wrapprec.gathered import check_not_compiled
+from wrapprec.lowbit.float8 import kernels
 from wrapprec.native import runner_for
 from wrapprec.operands import mended, mixes
 from wrapprec.placement import Activations
@@ -129,17 +130,17 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
         precision = placement.precision
         if (
             precision.param_dtype is not torch.float32
-            or (is_format(precision.compute_dtype) and precision.compute_dtype != "tf32")
+            or (is_format(precision.compute_dtype) and precision.compute_dtype not in ("tf32", "fp8"))
             or (precision.compute_dtype is torch.float64)
         ):
             raise PolicyError(
                 message(
-                    "a policy with float32 parameters that computes in float32, bfloat16 or float16",
+                    "a policy with float32 parameters that computes in float32, bfloat16, float16 or fp8",
                     f"{plan.policy}, which has {name(precision.param_dtype)} parameters and computes in"
                     f" {name(precision.compute_dtype)}",
                     where=f"{placement.name!r} ({placement.module_type})",
-                    remedy="wrap applies the policies 32-true, 32-fast, 16-mixed, bf16-mixed, 16-module and bf16-module"
-                    " so far; the others can be planned with resolve",
+                    remedy="wrap applies the policies 32-true, 32-fast, 16-mixed, bf16-mixed, 16-module, bf16-module"
+                    " and fp8-mixed so far; the others can be planned with resolve",
                 )
             )
     return plan
@@ -209,7 +210,7 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     precision = placement.precision
     keeps = placement.activations == "keep"
     low = None if precision.casting is None else precision.activation_dtype
-    by_autocast = precision.casting == "op" and is_cast_by_autocast(forward.module)
+    by_autocast = precision.casting == "op" and copies_weights(forward.module, precision)
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
     forward.wide = _region(precision, shared, "restore", regions) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None
@@ -224,12 +225,16 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.runner = runner_for(forward.module)
     if forward.runner is None and low is not None and mixes(forward.module, precision.casting == "module"):
         forward.runner = mended
+    if precision.compute_dtype == "fp8" and isinstance(forward.module, nn.Linear):
+        assert precision.recipe is not None and shared.backend.float8 is not None
+        forward.runner = kernels(precision.recipe, not shared.backend.float8.multiplies(shared.device))
     forward.sparse = bool(getattr(forward.module, "sparse", False))
     forward.compiled = type(forward.module).__name__ == "OptimizedModule"
     forward.forget_tree()
 
 
 def _region(precision: Precision, shared: Shared, activations: Activations, regions: Regions) -> Region:
+    precision = precision.surroundings
     key = precision, activations
     if key not in regions:
         upcasts = shared.mixed and activations != "given"

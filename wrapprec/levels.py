@@ -70,6 +70,12 @@ def requires_grad(tensor: Tensor) -> bool:
     return any(layer.requires_grad for layer in layers(tensor))
 
 
+def batches_gradients() -> bool:
+    """``is_grads_batched=True`` or ``vectorize=True``: a backward of many gradients at once, by the older vmap."""
+    included: bool = torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
+    return included
+
+
 def physically(fn: Callable[..., _Out], *tensors: Tensor) -> _Out:
     """Apply an elementwise function to whole batches, where ``is_grads_batched=True`` or ``vectorize=True`` made some.
 
@@ -82,7 +88,7 @@ def physically(fn: Callable[..., _Out], *tensors: Tensor) -> _Out:
     Returns:
         What `fn` gives, batched like the arguments.
     """
-    if not torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES):
+    if not batches_gradients():
         return fn(*tensors)
     batched = [torch._C._dispatch_keys(tensor).has(_BATCHED) for tensor in tensors]
     if not any(batched):

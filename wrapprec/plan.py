@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from wrapprec import dtypes
+from wrapprec import dtypes, fits
 from wrapprec.allowlist import FOURIER, NORM, STRICTLY, is_torch_norm, is_torch_own
 from wrapprec.backends.base import Backend
-from wrapprec.backends.select import auto_policy, backend_for, execution_device
+from wrapprec.backends.select import auto_policy, backend_for, device_of
 from wrapprec.defaults import Decision, Keeper, cannot, copies_weights, default, notes
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
@@ -72,7 +72,7 @@ def resolve(
     >>> plan.placement("0").precision.compute_dtype, plan.placement("1").rule
     (torch.bfloat16, 'default: normalisation')
     """
-    where = torch.device(device) if device is not None else _device_of(model)
+    where = torch.device(device) if device is not None else device_of(model)
     backend = backend_for(where)
     if isinstance(policy, str) and policy.strip().lower() == "auto":
         chosen, why = auto_policy(where)
@@ -86,31 +86,10 @@ def resolve(
     asked = {chosen.precision, *(rule_precision(chosen, rule) for rule in chosen.rules)}
     advice = {backend.advise(precision, where) for precision in asked}
     facts = {backend.facts(precision, where) for precision in asked}
+    if any(precision.compute_dtype == "fp8" for precision in map(backend.native, asked)):
+        advice.add(fits.missed(dict(model.named_modules()), placements))
     said = (tuple(sorted(text for text in texts if text)) for texts in (advice, facts))
     return Plan(chosen, str(where), placements, scale, why, *said)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """The device of the first tensor that has storage: offloading leaves some of them on the meta device."""
-    empty = True
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                if not tensor.is_meta:
-                    return tensor.device
-                empty = False
-    offloaded = (execution_device(module) for module in model.modules())
-    device = next((device for device in offloaded if device is not None), None)
-    if empty or device is not None:
-        return device or torch.device("cpu")
-    raise PolicyError(
-        message(
-            "a model whose parameters have storage",
-            "a model on the meta device",
-            where=module_label("", model),
-            remedy="materialise it first (model.to_empty, then load its weights); to plan only, pass device=",
-        )
-    )
 
 
 class _Visit(NamedTuple):
@@ -150,6 +129,7 @@ class _Walk:
         self.counted: set[int] = set()
         self.copied: set[int] = set()
         self.matchers = [_Matcher.of(i, rule, policy, backend) for i, rule in enumerate(policy.rules, 1)]
+        self.ends = fits.ends({id(visit.module): visit.module for visit in self.visits}.values())
         self.base = Decision(backend.native(policy.precision), "policy", f"policy {replace(policy, rules=())}")
 
     def placements(self) -> Iterator[Placement]:
@@ -157,12 +137,12 @@ class _Walk:
         regions: list[Precision] = []
         first: dict[int, int] = {}
         for index, (visit, decision) in enumerate(zip(self.visits, decisions, strict=True)):
-            around = regions[visit.parent] if visit.parent >= 0 else self.base.precision
+            around = regions[visit.parent] if visit.parent >= 0 else self.base.precision.surroundings
             activations: Activations = "cast"
             reason = decision.reason
             if visit.parent < 0 or decision is not decisions[visit.parent]:
                 activations, reason = self._treat(visit.module, decision, around)
-            region = around if activations == "keep" else decision.precision
+            region = around if activations == "keep" else decision.precision.surroundings
             regions.append(region)
             if id(visit.module) in first:
                 self._check_shared(first[id(visit.module)], index, decisions)
@@ -210,14 +190,15 @@ class _Walk:
             if dtypes.is_low(above.precision.compute_dtype):
                 decision = (
                     default(visit.name, visit.module, keepers[-1])
-                    or cannot(visit.module, above.precision, self.backend, self.device)
+                    or cannot(visit.module, above.precision.surroundings, self.backend, self.device)
+                    or fits.default(visit.module, above.precision, self.ends, self.backend, self.device)
                     or above
                 )
             for index, matcher in enumerate(self.matchers):
                 if matcher.matches(visit.name, visit.module):
                     used.add(index)
                     decision = Decision(matcher.precision, matcher.text, f'matched at "{visit.name}"')
-            decisions.append(decision)
+            decisions.append(fits.settle(visit.module, decision))
             below.append(above if decision.own else decision)
         for index in range(len(self.matchers)):
             if index not in used:

@@ -14,7 +14,7 @@ from wrapprec.dtypes import Dtype
 from wrapprec.errors import PolicyError, message, nearest
 from wrapprec.grammar import Text
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale, read_scale, write_scale
-from wrapprec.precision import F32, PRESETS, Casting, Precision, find_preset, read_flag, read_precision, write_precision
+from wrapprec.precision import F32, PRESETS, Casting, Precision, find_preset, read_precision, write_precision
 from wrapprec.rule import Rule, as_rule, print_rule
 
 __all__ = ["LossScale", "Policy", "Precision", "Rule", "parse_loss_scale", "rule_precision"]
@@ -36,6 +36,7 @@ class Policy:
         loss_scale: whatever `parse_loss_scale` takes.
         rounding: how low-precision weights keep small updates: `kahan`, `stochastic`, `nearest` or None.
         strict: whether a rule that matches nothing is an error.
+        recipe: how fp8 is scaled: `tensorwise` (what None means), `rowwise` or `rowwise_with_gw_hp`.
 
     Raises:
         PolicyError: these do not go together.
@@ -53,10 +54,11 @@ class Policy:
     loss_scale: LossScaling = "auto"
     rounding: Rounding = None
     strict: bool = True
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         precision = self.precision
-        for name in ("param_dtype", "compute_dtype", "output_dtype"):
+        for name in ("param_dtype", "compute_dtype", "output_dtype", "recipe"):
             object.__setattr__(self, name, getattr(precision, name))
         object.__setattr__(self, "rules", tuple(as_rule(rule) for rule in self.rules))
         object.__setattr__(self, "loss_scale", parse_loss_scale(self.loss_scale))
@@ -72,7 +74,7 @@ class Policy:
     @property
     def precision(self) -> Precision:
         """What a module gets that no rule governs."""
-        return Precision(self.param_dtype, self.compute_dtype, self.output_dtype, self.casting, self.cast_inputs)
+        return Precision(**{f.name: getattr(self, f.name) for f in fields(Precision)})
 
     @classmethod
     def parse(cls, spec: Policy | int | str | torch.dtype) -> Policy:
@@ -171,13 +173,13 @@ def _toml_rule(item: Any) -> tuple[Any, str]:
 def _build(text: Text) -> Policy:
     """Make a policy of its split text; the defaults are the preset's, or those of the grammar."""
     precision = read_precision(text.preset, text.fields)
-    base = Policy(*(getattr(precision, f.name) for f in fields(Precision)))
+    base = Policy(**{f.name: getattr(precision, f.name) for f in fields(Precision)})
     base = replace(base, **_extras(precision if text.preset is None else PRESETS[find_preset(text.preset)]))
     changes: dict[str, Any] = {"rules": tuple(Rule(select, wanted) for select, wanted in text.rules)}
     if "rounding" in text.fields:
         rounding = text.fields["rounding"].lower()
         changes["rounding"] = None if rounding == "none" else rounding
-    strict = read_flag(text.fields, "strict")
+    strict = grammar.read_flag(text.fields, "strict")
     if strict is not None:
         changes["strict"] = strict
     return replace(base, loss_scale=read_scale(text.fields, base.loss_scale), **changes)

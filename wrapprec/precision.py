@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from wrapprec import dtypes
 from wrapprec.dtypes import COMPUTE_FORMATS, WEIGHT_FORMATS, Dtype, is_low, parse_dtype
 from wrapprec.errors import PolicyError, message, nearest
+from wrapprec.grammar import read_flag
+from wrapprec.recipe import TENSORWISE, read_recipe
 
 Casting: TypeAlias = Literal["op", "module"] | None
 """Who casts: PyTorch per operation (autocast), wrapprec per module, or nobody."""
@@ -28,6 +30,7 @@ class Precision:
         output_dtype: what floating outputs are cast to when they leave for another precision.
         casting: `op`, `module` or None.
         cast_inputs: whether floating inputs are cast on entry; None decides by `casting`.
+        recipe: how fp8 is scaled: `tensorwise` (what None means), `rowwise` or `rowwise_with_gw_hp`.
 
     Raises:
         PolicyError: the dtypes and the casting do not go together.
@@ -41,10 +44,12 @@ class Precision:
     output_dtype: Dtype
     casting: Casting = None
     cast_inputs: bool | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("param_dtype", "compute_dtype", "output_dtype"):
             object.__setattr__(self, name, parse_dtype(getattr(self, name)))
+        object.__setattr__(self, "recipe", read_recipe(self.recipe, self.compute_dtype))
         check_precision(self)
 
     @property
@@ -63,10 +68,20 @@ class Precision:
             return self.compute_dtype
         return BF16 if is_low(self.compute_dtype) else F32
 
+    @property
+    def surroundings(self) -> Precision:
+        """What holds around the products themselves: bfloat16 for fp8; any other precision as it is.
+
+        >>> PRESETS["fp8-mixed"].surroundings == PRESETS["bf16-mixed"]
+        True
+        """
+        return replace(self, compute_dtype=BF16, recipe=None) if self.compute_dtype == "fp8" else self
+
     def __repr__(self) -> str:
         names = ", ".join(repr(dtypes.name(d)) for d in (self.param_dtype, self.compute_dtype, self.output_dtype))
         inputs = "" if self.cast_inputs is None else f", cast_inputs={self.cast_inputs}"
-        return f"Precision({names}, casting={self.casting!r}{inputs})"
+        recipe = "" if self.recipe in (None, TENSORWISE) else f", recipe={self.recipe!r}"
+        return f"Precision({names}, casting={self.casting!r}{inputs}{recipe})"
 
 
 def check_precision(precision: Precision) -> None:
@@ -229,30 +244,7 @@ def read_precision(preset: str | None, fields: Mapping[str, str]) -> Precision:
     casting = base.casting if base and base.casting else default_casting(param, compute)
     if "casting" in fields:
         casting = _read_casting(fields["casting"])
-    return Precision(param, compute, output, casting, read_flag(fields, "cast_inputs"))
-
-
-def read_flag(fields: Mapping[str, str], key: str) -> bool | None:
-    """Read a field that is true or false.
-
-    Args:
-        fields: values by full key.
-        key: which one.
-
-    Returns:
-        The flag, or None where it is not given.
-
-    Raises:
-        PolicyError: it is neither.
-
-    >>> read_flag({"strict": "false"}, "strict"), read_flag({}, "strict")
-    (False, None)
-    """
-    if key not in fields:
-        return None
-    if fields[key].lower() not in ("true", "false"):
-        raise PolicyError(message(f"true or false for {key}", f"{key}={fields[key]}", remedy="write true or false"))
-    return fields[key].lower() == "true"
+    return Precision(param, compute, output, casting, read_flag(fields, "cast_inputs"), fields.get("recipe"))
 
 
 def _read_casting(text: str) -> Casting:
@@ -286,6 +278,8 @@ def write_precision(precision: Precision) -> dict[str, str]:
         fields["casting"] = precision.casting or "none"
     if precision.cast_inputs is not None:
         fields["cast_inputs"] = str(precision.cast_inputs).lower()
+    if precision.recipe not in (None, TENSORWISE):
+        fields["recipe"] = precision.recipe
     return fields
 
 

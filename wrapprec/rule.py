@@ -59,7 +59,7 @@ def _read_rule_precision(value: object) -> Precision | torch.dtype:
             if not isinstance(dtype, str):
                 return dtype
         text = grammar.split(str(value))
-        if not text.rules and set(text.fields) <= {"params", "compute", "output", "casting", "cast_inputs"}:
+        if not text.rules and set(text.fields) <= {"params", "compute", "output", "casting", "cast_inputs", "recipe"}:
             return read_precision(text.preset, text.fields)
     raise PolicyError(
         message(

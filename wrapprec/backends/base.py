@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wrapprec.backends import ABSENT
 from wrapprec.backends.fast import Switches
+from wrapprec.backends.float8 import Float8, advise
 from wrapprec.backends.recurrent import probe_rnn, rnn_kind
 from wrapprec.errors import PolicyError, message
 from wrapprec.precision import Precision
@@ -92,12 +93,14 @@ class Backend(ABC):
         lending: how weights are lent there.
         scaling: whether float16 needs, and gets, a loss scale there.
         switches: what makes float32 products fast there (the policy `32-fast`); None where there is nothing.
+        float8: what can be done with fp8 there; None where it is not computed, but bfloat16.
     """
 
     name: str
     lending: Lending
     scaling: bool = True
     switches: Switches | None = None
+    float8: Float8 | None = None
 
     def __init__(self) -> None:
         self._probed: dict[tuple[str, torch.dtype, str], bool] = {}
@@ -133,7 +136,7 @@ class Backend(ABC):
         Returns:
             The same, with the dtypes that the device does not have replaced by those it has instead.
         """
-        return precision
+        return precision if self.float8 is not None else precision.surroundings
 
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """Say whether another precision would serve better on a device.
@@ -145,7 +148,7 @@ class Backend(ABC):
         Returns:
             The advice, to be given once; None where there is none.
         """
-        return None
+        return advise(precision, self.float8, device)
 
     def facts(self, precision: Precision, device: torch.device) -> str | None:
         """Say what a reader of the plan should know of a precision on a device.

@@ -10,6 +10,7 @@ import torch
 
 from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.fast import Switches
+from wrapprec.backends.float8 import Float8
 from wrapprec.precision import Precision
 
 
@@ -60,6 +61,9 @@ class CpuBackend(Backend):
         (torch.backends.mkldnn.rnn, "fp32_precision", "bf16"),  # type: ignore[attr-defined]
     )
 
+    # Torch has a kernel there too, slower than the exact products in float32.
+    float8 = Float8(lambda device: False)
+
     def bfloat16_by(self) -> str | None:
         """Name the instructions that compute in bfloat16.
 
@@ -100,7 +104,7 @@ class CpuBackend(Backend):
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """See `Backend.advise`."""
         if precision.compute_dtype != torch.float16 or self.float16_by():
-            return None
+            return super().advise(precision, device)
         return (
             "float16 on a CPU without float16 instructions is 16 to 18 times slower than bfloat16; "
             "bf16-mixed is the better choice"

@@ -7,7 +7,17 @@ from torch import nn
 
 from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.fast import Switches
+from wrapprec.backends.float8 import Float8
 from wrapprec.errors import PolicyError, message
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).startswith(("gfx94", "gfx95", "gfx12"))
+    return (properties.major, properties.minor) >= (8, 9)
 
 
 class CudaBackend(Backend):
@@ -24,6 +34,8 @@ class CudaBackend(Backend):
         (torch.backends.cudnn.conv, "fp32_precision", "tf32"),  # type: ignore[attr-defined]
         (torch.backends.cudnn.rnn, "fp32_precision", "tf32"),
     )
+
+    float8 = Float8(_multiplies_float8)
 
     def has_bfloat16(self, device: torch.device) -> bool:
         """Say whether a device computes in bfloat16 natively.

@@ -13,7 +13,7 @@ from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
 from wrapprec.backends.generic import GenericBackend, is_accelerator
 from wrapprec.backends.xla import XlaBackend
-from wrapprec.errors import PolicyError, message
+from wrapprec.errors import PolicyError, message, module_label
 from wrapprec.policy import Policy
 
 _BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "xla": XlaBackend}
@@ -84,3 +84,39 @@ def execution_device(module: nn.Module) -> torch.device | None:
         if device is not None and getattr(one, "offload", False):
             return torch.device(device)
     return None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first tensor that has storage: offloading leaves some of them on the meta device.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Where its tensors are, or will be brought; a CPU where it has none.
+
+    Raises:
+        PolicyError: all of them are on the meta device.
+
+    >>> device_of(nn.Linear(2, 2))
+    device(type='cpu')
+    """
+    empty = True
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if not tensor.is_meta:
+                    return tensor.device
+                empty = False
+    offloaded = (execution_device(module) for module in model.modules())
+    device = next((device for device in offloaded if device is not None), None)
+    if empty or device is not None:
+        return device or torch.device("cpu")
+    raise PolicyError(
+        message(
+            "a model whose parameters have storage",
+            "a model on the meta device",
+            where=module_label("", model),
+            remedy="materialise it first (model.to_empty, then load its weights); to plan only, pass device=",
+        )
+    )

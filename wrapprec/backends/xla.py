@@ -39,6 +39,8 @@ class XlaBackend(Backend):
     def native(self, precision: Precision) -> Precision:
         """See `Backend.native`."""
 
+        precision = super().native(precision)
+
         def has(dtype: Dtype) -> Dtype:
             return _HALF_AS if dtype == torch.float16 else dtype
 
@@ -51,6 +53,6 @@ class XlaBackend(Backend):
 
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """See `Backend.advise`."""
-        if precision == self.native(precision):
-            return None
+        if precision.surroundings == self.native(precision):
+            return super().advise(precision, device)
         return "float16 is no type of XLA devices: bfloat16 is used in its place, without a loss scale"
