@@ -44,6 +44,7 @@ def test_every_example_is_run_here() -> None:
         "fp8.py",
         "tpu.py",
         "optimizer_bits.py",
+        "finetune_4bit.py",
     }
 
 
@@ -135,6 +136,20 @@ def test_gpt_that_was_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: 
     ends = [out.partition("fingerprint")[2] for out in (whole, resumed)]
     assert len(ends[0]) > 40  # the hash, and the text that was written after it
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("policy", ["nf4-dq", "int8"])
+def test_finetune_on_quantised_weights_ends_near_float32_with_less_memory(tmp_path: Path, policy: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("transformers")
+    out = _run(tmp_path, "finetune_4bit.py", "--policy", policy)
+    rows = re.findall(r"LoRA, (\S+) +([\d,]+) B +([\d,]+) B +(\S+) +(\S+) ", out)
+    assert [row[0] for row in rows] == ["32-true", policy]
+    (full, kept), (also, packed) = ([int(row[i].replace(",", "")) for i in (1, 2)] for row in rows)
+    assert full == kept == also and packed < (0.7 if policy == "int8" else 0.6) * full  # the embedding is not packed
+    (plain_before, plain), (before, after) = ([float(row[i]) for i in (3, 4)] for row in rows)
+    assert plain < plain_before and after < before
+    assert abs(after - plain) < 0.05 * plain
 
 
 def test_benchmark_writes_ratios_with_intervals_and_the_machine(tmp_path: Path) -> None:

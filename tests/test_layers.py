@@ -18,16 +18,17 @@ PACKAGE = Path(wrapprec.__file__).parent
 # before it in its own layer.
 LAYERS: dict[str, str] = {
     "leaves": "errors undo",
-    "values": "dtypes tree reach sharded cast",
+    "values": "dtypes tree reach sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.float8 backends.recurrent backends.base backends.cpu backends.cuda"
-    " backends.xla backends.generic backends.select defaults footprint memory placement fits plan fsdp",
-    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state"
-    " lowbit lowbit.packages",
+    " backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory placement fits plan"
+    " fsdp",
+    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
-    " island again native operands lowbit.float8 traced mismatch region",
+    " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
+    " region",
     "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
-    "wrap": "install prepared handle wrap",
+    "wrap": "lowbit.checkpoint lowbit.quantised install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
     " migrate.apex.normalization migrate.apex.optimizers migrate.apex.parallel migrate.apex"
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, str] = {
     "choice": "leaves values wants",
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
-    "step": "leaves state",
+    "step": "leaves values state",
     "wrap": "leaves values wants choice state effects step",
     "tools": "leaves values wants choice state effects step wrap",
     "package": "leaves wants choice effects wrap",

@@ -19,6 +19,7 @@ from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
 from wrapprec.lowbit.forms import embedded
 from wrapprec.lowbit.optimizer import LowBits, check, convert
+from wrapprec.lowbit.quantised import check_attached, originals
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.prepared import follow
@@ -141,6 +142,7 @@ class Handle:
             PolicyError: the optimizer has no form with so few bits.
             TypeError: it is no torch.optim.Optimizer.
             ValueError: the scheduler is another optimizer's.
+            PolicyError: it would train a weight that is quantised.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -154,6 +156,8 @@ class Handle:
             check_scheduler(scheduler, [optimizer])
         if not self._models:
             return
+        for model in self._models:
+            check_attached(model.model, optimizer)
         self._warn_of_strangers(optimizer)
         bits = self._optimizer_bits if optimizer_bits is None else optimizer_bits
         check(optimizer, bits)
@@ -190,6 +194,7 @@ class Handle:
 
     def _warn_of_strangers(self, optimizer: Optimizer) -> None:
         known = {id(p) for model in self._models for p in model.parameters()}
+        known.update(*(originals(model.model) for model in self._models))
         params = [p for group in optimizer.param_groups for p in group["params"]]
         strange = [p for p in params if id(p) not in known]
         if strange:

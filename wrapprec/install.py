@@ -6,21 +6,26 @@ import dataclasses
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
 
 from wrapprec import audit
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
 from wrapprec.defaults import copies_weights
-from wrapprec.dtypes import is_format, name
+from wrapprec.dtypes import WEIGHT_FORMATS, is_format, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.fsdp import check_sharding
 from wrapprec.gathered import check_not_compiled
 from wrapprec.lowbit.float8 import kernels
+from wrapprec.lowbit.products import Product
+from wrapprec.lowbit.quantised import adopt as adopt_quantised
+from wrapprec.lowbit.quantised import quantise, release
 from wrapprec.native import runner_for
 from wrapprec.operands import mended, mixes
 from wrapprec.placement import Activations
@@ -44,7 +49,13 @@ _said: set[str] = set()
 _FLOAT32 = Precision(torch.float32, torch.float32, torch.float32)
 
 
-def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[Shared]) -> Shared:
+def install(
+    model: nn.Module,
+    request: Request,
+    undo: UndoStack,
+    siblings: list[Shared],
+    optimizers: Iterable[Optimizer] = (),
+) -> Shared:
     """Wrap one model.
 
     Args:
@@ -52,6 +63,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
         request: what the user asked for.
         undo: takes every change; the caller undoes it when anything raises.
         siblings: models wrapped by the same call; a module that they share stays theirs.
+        optimizers: those that will step its parameters.
 
     Returns:
         The model's state.
@@ -68,6 +80,7 @@ def install(model: nn.Module, request: Request, undo: UndoStack, siblings: list[
     shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
     _place(model, shared, undo, plan)
+    quantise(model, plan, undo, optimizers)
     shared.ranks.look_below(model)
     for forward in forward_of(model).tree():
         for key, param in forward.module._parameters.items():
@@ -109,6 +122,8 @@ def _refresh(forward: Forward) -> None:
     if root is None or model is root:
         shared.plan = plan
     _place(model, shared, shared.undo, plan)
+    quantise(model, plan, shared.undo, None)
+    release(model)
     shared.start_scaling()
     shared.partition(forward_of(model).tree())
     _hasten(shared, shared.undo)
@@ -129,18 +144,18 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
     for placement in plan.placements:
         precision = placement.precision
         if (
-            precision.param_dtype is not torch.float32
+            (precision.param_dtype is not torch.float32 and precision.param_dtype not in WEIGHT_FORMATS)
             or (is_format(precision.compute_dtype) and precision.compute_dtype not in ("tf32", "fp8"))
             or (precision.compute_dtype is torch.float64)
         ):
             raise PolicyError(
                 message(
-                    "a policy with float32 parameters that computes in float32, bfloat16, float16 or fp8",
+                    "a policy with float32 or quantised parameters that computes in float32, bfloat16, float16 or fp8",
                     f"{plan.policy}, which has {name(precision.param_dtype)} parameters and computes in"
                     f" {name(precision.compute_dtype)}",
                     where=f"{placement.name!r} ({placement.module_type})",
                     remedy="wrap applies the policies 32-true, 32-fast, 16-mixed, bf16-mixed, 16-module, bf16-module"
-                    " and fp8-mixed so far; the others can be planned with resolve",
+                    f", fp8-mixed and {', '.join(WEIGHT_FORMATS)} so far; the others can be planned with resolve",
                 )
             )
     return plan
@@ -222,7 +237,8 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
         assert isinstance(output, torch.dtype)
         forward.output_dtype = output
     forward.multi_tensor = shared.backend.lending.multi_tensor
-    forward.runner = runner_for(forward.module)
+    held = getattr(forward, "runner", None)  # a quantised weight's stays with it
+    forward.runner = held if isinstance(held, Product) else runner_for(forward.module)
     if forward.runner is None and low is not None and mixes(forward.module, precision.casting == "module"):
         forward.runner = mended
     if precision.compute_dtype == "fp8" and isinstance(forward.module, nn.Linear):
@@ -249,4 +265,5 @@ def adopt(model: nn.Module) -> UndoStack:
     forward.shared.root = weakref.ref(model)
     for below in forward.tree():
         undo.remember(below.module, place_of(below.module), below, below.replaced)
+        adopt_quantised(below, undo)
     return undo

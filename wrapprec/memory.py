@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wrapprec.dtypes import Dtype, is_low, name, parse_dtype
+from wrapprec.lowbit.sizes import stored_bytes
 from wrapprec.precision import Precision
 
 REDUCED = torch.float32
@@ -55,7 +56,8 @@ class Weight:
     @property
     def stored(self) -> float:
         """Bytes it is stored in."""
-        assert isinstance(self.dtype, torch.dtype)
+        if isinstance(self.dtype, str):
+            return float(stored_bytes(self.dtype, self.shape))
         return float(self.elements * self.dtype.itemsize)
 
     def to_dict(self) -> dict[str, Any]:

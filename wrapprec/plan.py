@@ -22,6 +22,7 @@ from wrapprec.defaults import Decision, Keeper, cannot, copies_weights, default,
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
 from wrapprec.lossscale import LossScale, LossScaling, parse_loss_scale
+from wrapprec.lowbit.quantisable import elements, missed, settle, stored_form, stored_shape
 from wrapprec.memory import Weight
 from wrapprec.placement import Activations, Placement, Plan
 from wrapprec.policy import Policy, rule_precision
@@ -88,6 +89,7 @@ def resolve(
     facts = {backend.facts(precision, where) for precision in asked}
     if any(precision.compute_dtype == "fp8" for precision in map(backend.native, asked)):
         advice.add(fits.missed(dict(model.named_modules()), placements))
+    advice.add(missed(any(precision.param_dtype in dtypes.WEIGHT_FORMATS for precision in asked), placements))
     said = (tuple(sorted(text for text in texts if text)) for texts in (advice, facts))
     return Plan(chosen, str(where), placements, scale, why, *said)
 
@@ -134,6 +136,7 @@ class _Walk:
 
     def placements(self) -> Iterator[Placement]:
         decisions = self._decide()
+        settled = settle([(visit.name, visit.module) for visit in self.visits], decisions)
         regions: list[Precision] = []
         first: dict[int, int] = {}
         for index, (visit, decision) in enumerate(zip(self.visits, decisions, strict=True)):
@@ -151,14 +154,14 @@ class _Walk:
             yield Placement(
                 name=visit.name,
                 module_type=type(visit.module).__name__,
-                precision=decision.precision,
+                precision=settled[index][0],
                 rule=decision.rule,
                 reason=reason,
                 is_root=visit.parent < 0 or region != around,
                 activations=activations,
-                params=sum(p.numel() for p in visit.module._parameters.values() if p is not None and not is_lazy(p)),
-                notes=notes(visit.module, decision.precision, self.backend, self.device),
-                weights=tuple(self._weights(visit.module, decision.precision)),
+                params=sum(elements(p) for p in visit.module._parameters.values() if p is not None and not is_lazy(p)),
+                notes=settled[index][1] + notes(visit.module, decision.precision, self.backend, self.device),
+                weights=tuple(self._weights(visit.module, settled[index][0])),
             )
 
     def _weights(self, module: nn.Module, precision: Precision) -> Iterator[Weight]:
@@ -167,11 +170,13 @@ class _Walk:
         for name, param in module._parameters.items():
             if param is None or is_lazy(param):
                 continue
-            lent = precision.activation_dtype if copied and id(param) not in self.copied else None
+            form = stored_form(name, precision)
+            lent = precision.activation_dtype if copied and form is None and id(param) not in self.copied else None
             tied = id(param) in self.counted
-            yield Weight(name, tuple(param.shape), param.dtype, param.requires_grad, lent, tied)
+            trained = param.requires_grad and form is None
+            yield Weight(name, stored_shape(module, param), form or param.dtype, trained, lent, tied)
             self.counted.add(id(param))
-            if copied:
+            if lent is not None:
                 self.copied.add(id(param))
 
     def _decide(self) -> list[Decision]:

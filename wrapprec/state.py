@@ -84,6 +84,11 @@ class Shared:
         """Some module computes in low precision."""
         return any(p.precision.casting is not None for p in self.plan.placements)
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The wrapped model, as long as it lives."""
+        return None if self.root is None else self.root()
+
     def enter_thread(self) -> bool:
         """Note the running thread, and say whether it is the only one alive that trains this model."""
         ident, current = threading.get_ident(), threading.current_thread()

@@ -20,6 +20,7 @@ from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import module_label
 from wrapprec.gathered import lend_dtype, refuse_compiled
 from wrapprec.lowbit.float8 import Kernels, run_float8
+from wrapprec.lowbit.products import Product
 from wrapprec.native import narrow_masks
 
 if TYPE_CHECKING:
@@ -264,6 +265,8 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
 def _run(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if type(forward.runner) is Kernels:
         return run_float8(forward, forward.runner, args, kwargs)
+    if isinstance(forward.runner, Product):
+        return forward.runner(forward, args, kwargs)
     if isinstance(forward.module, nn.MultiheadAttention) and forward.runner is not None:
         args = narrow_masks(forward, args, kwargs)
     # Spelled out: dynamo of torch 2.9 does not follow a bound method made by hand.

@@ -14,6 +14,7 @@ from wrapprec.handle import Handle
 from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
 from wrapprec.lowbit.optimizer import check
+from wrapprec.lowbit.quantised import release
 from wrapprec.policy import Policy
 from wrapprec.prepared import check_accelerators
 from wrapprec.region import Forward
@@ -41,7 +42,7 @@ def wrap(
     Args:
         model: a module, or several (a GAN's); each gets its own loss scale.
         optimizer: one, several, or None for inference or a later `handle.attach`.
-        policy: a preset (`bf16-mixed`, `16-mixed`, `bf16-module`, `16-module`, `32-true`, ...), a jmp string such as
+        policy: a preset (`bf16-mixed`, `16-mixed`, `bf16-module`, `32-true`, `nf4`, ...), a jmp string such as
             ``params=float32,compute=bfloat16``, a `Policy`, or `auto`: by device, with the reason in the plan.
         rules: further `Rule` objects, or ``(select, precision)`` pairs; the deepest matched module decides, then the
             last.
@@ -84,7 +85,7 @@ def wrap(
     installed: list[Shared] = []
     try:
         for one in models:
-            shared = install(one, request, undo, installed)
+            shared = install(one, request, undo, installed, optimizers)
             shared.undo = undo
             installed.append(shared)
         handle = Handle(installed, undo, optimizer_bits)
@@ -98,6 +99,8 @@ def wrap(
         raise
     # Last: rounding cannot be taken back.
     handle.quantise()
+    for one in models:
+        release(one)
     return handle
 
 
