@@ -70,12 +70,14 @@ class Precision:
 
     @property
     def surroundings(self) -> Precision:
-        """What holds around the products themselves: bfloat16 for fp8; any other precision as it is.
+        """What holds around the products themselves: bfloat16 for fp8, however weights are stored.
 
-        >>> PRESETS["fp8-mixed"].surroundings == PRESETS["bf16-mixed"]
+        >>> PRESETS["fp8-mixed"].surroundings == PRESETS["nf4"].surroundings == PRESETS["bf16-mixed"]
         True
         """
-        return replace(self, compute_dtype=BF16, recipe=None) if self.compute_dtype == "fp8" else self
+        param = F32 if dtypes.is_format(self.param_dtype) else self.param_dtype
+        compute, recipe = (BF16, None) if self.compute_dtype == "fp8" else (self.compute_dtype, self.recipe)
+        return replace(self, param_dtype=param, compute_dtype=compute, recipe=recipe)
 
     def __repr__(self) -> str:
         names = ", ".join(repr(dtypes.name(d)) for d in (self.param_dtype, self.compute_dtype, self.output_dtype))
