@@ -27,6 +27,7 @@ LAYERS: dict[str, str] = {
     " island again native operands traced mismatch region",
     "step": "patch lowbit lowbit.packages lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer"
     " closure fused hold resume verdict step",
+    "weights": "lowbit.words lowbit.keep lowbit.states lowbit.convert lowbit.rounding lowbit.attach",
     "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
@@ -43,7 +44,8 @@ MAY_IMPORT: dict[str, str] = {
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
     "step": "leaves state",
-    "wrap": "leaves values wants choice state effects step",
+    "weights": "leaves values choice state effects step",
+    "wrap": "leaves values wants choice state effects step weights",
     "tools": "leaves values wants choice state effects step wrap",
     "package": "leaves wants choice effects wrap",
     "cli": "package",

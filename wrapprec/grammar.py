@@ -33,6 +33,7 @@ KEYS = {
     "hysteresis": "hysteresis",
     "max_consecutive_skips": "max_consecutive_skips",
     "rounding": "rounding",
+    "grads": "grads",
     "strict": "strict",
 }
 """Every key that may be written, and the full name it stands for."""
