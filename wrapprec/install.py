@@ -137,8 +137,8 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
                     "a policy that stores and computes in float64, float32, bfloat16 or float16",
                     f"{plan.policy}, which has {name(precision.param_dtype)} parameters, computing in {name(compute)}",
                     where=f"{placement.name!r} ({placement.module_type})",
-                    remedy="wrap applies 32-true, 32-fast, 64-true and the policies of 16 bits so far; the others can be"
-                    " planned with resolve",
+                    remedy="wrap applies 32-true, 32-fast, 64-true and the policies of 16 bits so far; the others can"
+                    " be planned with resolve",
                 )
             )
     return plan

@@ -58,9 +58,8 @@ def _cast_states(optimizer: Optimizer, models: list[Shared], undo: UndoStack) ->
 def _follow(optimizer: Optimizer, models: list[Shared], back: bool) -> None:
     for model in models:
         for name, param in model.named_parameters():
-            change = model.kept.dtypes.get(name)
-            if change is None or param not in optimizer.state:
+            if param not in optimizer.state:
                 continue
-            before, now = change
+            before, now = model.kept.dtypes.get(name, (param.dtype, param.dtype))
             wide = torch.float32 if now in LOW and model.kept.mode is not None else now
             cast_state(optimizer.state[param], before if back else wide)

@@ -70,6 +70,7 @@ def combine(low: Tensor, rest: Tensor) -> Tensor:
 def _unit(half: Tensor) -> Tensor:
     """The exponent of what one unit of the remainder of a float16 is worth; int32."""
     exponent = torch.frexp(half.to(torch.float32)).exponent - 1
+    exponent = torch.where(half == 0, _HALF_LEAST, exponent)
     return exponent.clamp(min=_HALF_LEAST) - _HALF_UNIT - _REST
 
 
