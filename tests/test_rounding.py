@@ -182,6 +182,26 @@ def test_kahan_steps_are_those_of_float32_bit_for_bit(name: str, policy: str) ->
     assert all(torch.equal(a, b) for a, b in zip(plain.weights, mine.weights, strict=True))
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW8bit", "SGD8bit", "Lion", "AdEMAMix8bit", "RMSprop8bit"])
+def test_optimizers_of_bitsandbytes_step_as_in_float32(name: str) -> None:
+    optim = pytest.importorskip("bitsandbytes").optim
+    torch.manual_seed(0)
+    start = torch.rand(64, 128) + 1
+    options = {"momentum": 0.9} if name.startswith("SGD") else {}
+    plain, mine = Weights(start.clone()), Weights(start.clone())
+    reference, optimizer = (getattr(optim, name)(m.parameters(), lr=1e-3, **options) for m in (plain, mine))
+    handle = wrapprec.wrap(mine, optimizer, "bf16-true")
+    for step in range(4):
+        mine.weights[0].grad = torch.randn(64, 128).to(BF16)
+        plain.weights[0].grad = mine.weights[0].grad.float()
+        reference.step()
+        optimizer.step()
+        if step == 1:  # what bitsandbytes loads it casts to the parameter's dtype
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    handle.unwrap()
+    assert torch.equal(mine.weights[0], plain.weights[0])
+
+
 def test_lbfgs_evaluates_rounded_weights_and_moves_float32_ones() -> None:
     target = torch.linspace(-1, 1, 6) * 0.9
     true = nn.Parameter(torch.linspace(1, 2, 6))
@@ -329,14 +349,21 @@ def test_deep_copy_takes_remainders_along_and_unwraps_to_its_own_dtypes() -> Non
     assert next(model.parameters()).dtype is BF16
 
 
+def counted(function: Any, calls: list[int]) -> Any:
+    def count(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    return count
+
+
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("kahan", "stochastic"):
         monkeypatch.setattr(rounding, "PART", 2**20)
         whole, _, _ = trained(f"bf16-true,rounding={mode}", 5)
         monkeypatch.setattr(rounding, "PART", 9)
-        calls = []
-        step = torch.optim.AdamW.step
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (calls.append(1), step(self, *args))[1])
+        calls: list[int] = []
+        monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, calls))
         parts, _, _ = trained(f"bf16-true,rounding={mode}", 5)
         monkeypatch.undo()
         assert same(whole, parts)

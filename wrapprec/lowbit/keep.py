@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from wrapprec.state import Shared
 
 
+PIECE = 2**17
+"""How many numbers are split at once: what is made on the way fits into a cache, and is small beside the weights."""
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces that share their storage; whole where they are not laid out alike."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+
+
 class Kept:
     """The rounding of one wrapped model's weights.
 
@@ -39,7 +50,10 @@ class Kept:
         rest = self.rests.get(name)
         if rest is None or rest.shape != weight.shape:
             return weight.detach().to(torch.float32)
-        return combine(weight.detach(), rest.to(weight.device))
+        wide = torch.empty_like(weight, dtype=torch.float32)
+        for whole, low, more in _pieces(wide, weight.detach(), rest.to(weight.device)):
+            whole.copy_(combine(low, more))
+        return wide
 
     def narrow(self, name: str, weight: Tensor, wide: Tensor, seed: int) -> None:
         """Write a float32 number into a weight, as the mode wants it.
@@ -50,14 +64,19 @@ class Kept:
             wide: float32.
             seed: of the random bits, where none were drawn yet.
         """
+        rest = torch.empty_like(weight, dtype=torch.int16) if self.mode == "kahan" else weight.detach()
+        low = weight.detach()
+        for whole, narrow, more in _pieces(wide, low, rest):
+            if self.mode == "kahan":
+                rounded, left = split(whole, weight.dtype)
+                more.copy_(left)
+            elif self.mode == "stochastic":
+                rounded = round_by_chance(whole, weight.dtype, self._generator(wide.device, seed))
+            else:
+                rounded = whole.to(weight.dtype)
+            narrow.copy_(rounded)
         if self.mode == "kahan":
-            low, rest = split(wide, weight.dtype)
             self.rests[name] = rest
-        elif self.mode == "stochastic":
-            low = round_by_chance(wide, weight.dtype, self._generator(wide.device, seed))
-        else:
-            low = wide.to(weight.dtype)
-        weight.copy_(low)
 
     def _generator(self, device: torch.device, seed: int) -> torch.Generator:
         key = str(device)

@@ -48,7 +48,10 @@ def load_wide(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def _take(state: Any, saved: Any, device: torch.device) -> None:
     """Replace, at any depth, the floating tensors that were narrowed."""
     for key, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
-        if isinstance(value, Tensor):
+        if isinstance(state, dict) and key not in state:
+            if isinstance(value, dict):  # bitsandbytes saves a part of a state by itself, and loads it into the whole
+                _take(state, value, device)
+        elif isinstance(value, Tensor):
             loaded = state[key]
             if loaded.dtype in LOW and value.dtype in REAL - LOW:
                 state[key] = value.detach().to(device, torch.float32, copy=True)
