@@ -18,7 +18,7 @@ from wrapprec.undo import UndoStack
 def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Rounder], undo: UndoStack) -> None:
     """Make an optimizer fit for converted parameters; a second call for one does nothing more.
 
-    An optimizer that has another one step for it (SAM, Lookahead) is left as it is, and the other one is met.
+    What an optimizer has another one step for it (SAM, Lookahead) is left to the other one.
 
     Args:
         optimizer: any.
@@ -30,14 +30,15 @@ def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Roun
     if not stored or any(rounder.guards(optimizer) for rounder in rounders):
         return
     inner = inner_optimizers(optimizer)
-    if inner:
-        for one in inner:
-            keep_updates(one, models, rounders, undo)
+    for one in inner:
+        keep_updates(one, models, rounders, undo)
+    theirs = {id(param) for one in inner for group in one.param_groups for param in group["params"]}
+    if inner and all(id(param) in theirs for group in optimizer.param_groups for param in group["params"]):
         return
     _cast_states(optimizer, stored, undo)
     rounded = [model for model in stored if model.kept.mode is not None]
     if rounded:
-        rounder = Rounder(optimizer, rounded)
+        rounder = Rounder(optimizer, rounded, theirs)
         rounder.install(undo)
         rounders.append(rounder)
 

@@ -41,11 +41,13 @@ class Rounder:
     Args:
         optimizer: it is not kept alive.
         models: those of the handle whose weights are rounded.
+        theirs: the ids of the parameters that another optimizer, which this one keeps, steps for it.
     """
 
-    def __init__(self, optimizer: Optimizer, models: list[Shared]) -> None:
+    def __init__(self, optimizer: Optimizer, models: list[Shared], theirs: set[int]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._models = models
+        self._theirs = theirs
         self._before: Callable[..., Any] | None = optimizer.__dict__.get("step")
         # By id: the parameter, its name, what keeps its remainder, and its stand-in.
         self._known: dict[int, tuple[Tensor, str, Kept, nn.Parameter]] = {}
@@ -111,7 +113,7 @@ class Rounder:
         """Find the models, and the names, of low precision parameters that were not stepped before."""
         if all(param.dtype not in LOW or id(param) in self._known for param in params):
             return
-        wanted = {id(param): param for param in params if param.dtype in LOW and id(param) not in self._known}
+        wanted = {id(param) for param in params if param.dtype in LOW} - self._known.keys() - self._theirs
         for model in self._models:
             for name, param in model.named_parameters():
                 if id(param) in wanted and model.kept is not None and model.kept.mode is not None:
