@@ -95,7 +95,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 def measure(policy: str, width: int) -> list[float]:
-    """Per parameter of square matrices: bytes of weights and remainders, of the state, at a step's peak; nanoseconds."""
+    """Per parameter of square matrices: bytes of weights and remainders, of the state, at a step's peak; time in ns."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(8)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     handle = wrapprec.wrap(model, optimizer, policy)

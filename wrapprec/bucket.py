@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from wrapprec.dtypes import LOW
-
 from wrapprec.sharded import local
 
 _recording = threading.RLock()

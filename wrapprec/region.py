@@ -20,7 +20,7 @@ from wrapprec.cast import cast_tree, lower
 from wrapprec.checks import check_backwards, check_stored, sharded_since, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import thread
-from wrapprec.errors import WrapprecError, module_label
+from wrapprec.errors import ModelChangedError, WrapprecError, module_label
 from wrapprec.mismatch import mismatch
 from wrapprec.modes import cache_is_sound
 from wrapprec.operands import apart
@@ -80,8 +80,8 @@ class Region:
             return cast_tree(out, self.output_dtype)
         if around.high is not self.high:  # float64 meets another
             return cast_tree(out, around.low or around.high, among=self.among)
-        narrows = self.restores and around.by_module and around.low is not None
-        return cast_tree(out, around.low) if narrows else out
+        low = around.low if self.restores and around.by_module else None
+        return out if low is None else cast_tree(out, low)
 
 
 class Forward(Recorded, StandIn):

@@ -64,8 +64,11 @@ class Kept:
             wide: float32.
             seed: of the random bits, where none were drawn yet.
         """
-        rest = torch.empty_like(weight, dtype=torch.int16) if self.mode == "kahan" else weight.detach()
-        low = weight.detach()
+        low = rest = weight.detach()
+        if self.mode == "kahan":
+            known = self.rests.get(name)
+            fits = known is not None and known.shape == low.shape and known.device == low.device
+            rest = self.rests[name] = known if known is not None and fits else torch.empty_like(low, dtype=torch.int16)
         for whole, narrow, more in _pieces(wide, low, rest):
             if self.mode == "kahan":
                 rounded, left = split(whole, weight.dtype)
@@ -75,8 +78,6 @@ class Kept:
             else:
                 rounded = whole.to(weight.dtype)
             narrow.copy_(rounded)
-        if self.mode == "kahan":
-            self.rests[name] = rest
 
     def _generator(self, device: torch.device, seed: int) -> torch.Generator:
         key = str(device)
