@@ -202,6 +202,37 @@ def test_optimizers_of_bitsandbytes_step_as_in_float32(name: str) -> None:
     assert torch.equal(mine.weights[0], plain.weights[0])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_state_in_few_bits_is_as_of_float32_weights(bits: int) -> None:
+    """The same weights, and the same parts of the state quantised: not those of an embedding."""
+    pytest.importorskip("bitsandbytes" if bits == 8 else "torchao")
+    models, optimizers, handles = [], [], []
+    for policy in ("32-true", "bf16-true"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        models.append(model)
+        optimizers.append(optimizer)
+        handles.append(wrapprec.wrap(model, optimizer, policy, optimizer_bits=bits))
+    for _ in range(5):
+        for true, param in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            param.grad = torch.randn(param.shape).to(BF16)
+            true.grad = param.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    kinds = [[type(state["exp_avg"]) for state in optimizer.state.values()] for optimizer in optimizers]
+    assert kinds[0] == kinds[1] == [Tensor, dict, Tensor]
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    for handle in handles:
+        handle.unwrap()
+    for true, param in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(true, param)
+        assert optimizers[1].state[param]["exp_avg"].dtype is torch.float32
+    optimizers[1].zero_grad()
+    models[1](torch.arange(4)).sum().backward()
+    optimizers[1].step()
+
+
 def test_lbfgs_evaluates_rounded_weights_and_moves_float32_ones() -> None:
     target = torch.linspace(-1, 1, 6) * 0.9
     true = nn.Parameter(torch.linspace(1, 2, 6))

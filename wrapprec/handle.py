@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from wrapprec.current import thread
 from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
-from wrapprec.lowbit.attach import keep_updates
+from wrapprec.lowbit.attach import follow_dtypes, keep_updates
 from wrapprec.lowbit.forms import embedded
 from wrapprec.lowbit.keep import load_kept
 from wrapprec.lowbit.optimizer import LowBits, check, convert
@@ -161,11 +161,11 @@ class Handle:
         self._warn_of_strangers(optimizer)
         bits = self._optimizer_bits if optimizer_bits is None else optimizer_bits
         check(optimizer, bits)
+        follow_dtypes(optimizer, self._models, self._undo)
         if bits is not None:
             # Below the guard: a step that is skipped does not come here.
             low = convert(optimizer, bits, functools.partial(embedded, [m.root for m in self._models]), self._undo)
             self._low += [low] if low not in self._low else []
-        # Around what has few bits, and below the guard.
         keep_updates(optimizer, self._models, self._rounders, self._undo)
         scaled = [model for model in self._models if model.scaler is not None]
         if not scaled:

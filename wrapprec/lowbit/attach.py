@@ -16,7 +16,9 @@ from wrapprec.undo import UndoStack
 
 
 def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Rounder], undo: UndoStack) -> None:
-    """Make an optimizer fit for converted parameters; a second call for one does nothing more.
+    """Have an optimizer keep small updates of low precision weights; a second call for one does nothing more.
+
+    It goes around what keeps the state in few bits, and below the guard that skips steps.
 
     What an optimizer has another one step for it (SAM, Lookahead) is left to the other one.
 
@@ -35,7 +37,6 @@ def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Roun
     theirs = {id(param) for one in inner for group in one.param_groups for param in group["params"]}
     if inner and all(id(param) in theirs for group in optimizer.param_groups for param in group["params"]):
         return
-    _cast_states(optimizer, stored, undo)
     rounded = [model for model in stored if model.kept.mode is not None]
     if rounded:
         rounder = Rounder(optimizer, rounded, theirs)
@@ -43,24 +44,32 @@ def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Roun
         rounders.append(rounder)
 
 
-def _cast_states(optimizer: Optimizer, models: list[Shared], undo: UndoStack) -> None:
-    """Give the state that there is the dtype the optimizer will work in, and back when unwrapped."""
-    ref = weakref.ref(optimizer)
-    _follow(optimizer, models, back=False)
+def follow_dtypes(optimizer: Optimizer, models: list[Shared], undo: UndoStack) -> None:
+    """Give the state that there is the dtype the optimizer will work in, and back when all else is undone.
 
-    def put_back() -> None:
-        alive = ref()
-        if alive is not None:
-            _follow(alive, models, back=True)
+    Args:
+        optimizer: any; those that it keeps are meant too.
+        models: of the handle.
+        undo: takes the way back.
+    """
+    stored = [model for model in models if model.kept is not None]
+    refs = [weakref.ref(one) for one in (optimizer, *inner_optimizers(optimizer))] if stored else []
 
-    undo.push(put_back)
+    def follow(back: bool) -> None:
+        for ref in refs:
+            alive = ref()
+            if alive is not None:
+                _follow(alive, stored, back)
+
+    follow(back=False)
+    if stored:
+        undo.push(lambda: follow(back=True))
 
 
 def _follow(optimizer: Optimizer, models: list[Shared], back: bool) -> None:
     for model in models:
         for name, param in model.named_parameters():
-            if param not in optimizer.state:
-                continue
-            before, now = model.kept.dtypes.get(name, (param.dtype, param.dtype))
-            wide = torch.float32 if now in LOW and model.kept.mode is not None else now
-            cast_state(optimizer.state[param], before if back else wide)
+            if param in optimizer.state:
+                before, now = model.kept.dtypes.get(name, (param.dtype, param.dtype))
+                wide = torch.float32 if now in LOW and model.kept.mode is not None else now
+                cast_state(optimizer.state[param], before if back else wide)

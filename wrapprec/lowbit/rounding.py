@@ -117,7 +117,8 @@ class Rounder:
         for model in self._models:
             for name, param in model.named_parameters():
                 if id(param) in wanted and model.kept is not None and model.kept.mode is not None:
-                    stand_in = nn.Parameter(param.new_empty(0, dtype=torch.float32))
+                    stand_in: Any = nn.Parameter(param.new_empty(0, dtype=torch.float32))
+                    stand_in.stands_for = param
                     self._known[id(param)] = param, name, model.kept, stand_in
 
     def _by_parts(self, optimizer: Optimizer) -> bool:

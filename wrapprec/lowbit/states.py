@@ -51,9 +51,8 @@ def _take(state: Any, saved: Any, device: torch.device) -> None:
         if isinstance(state, dict) and key not in state:
             if isinstance(value, dict):  # bitsandbytes saves a part of a state by itself, and loads it into the whole
                 _take(state, value, device)
-        elif isinstance(value, Tensor):
-            loaded = state[key]
-            if loaded.dtype in LOW and value.dtype in REAL - LOW:
+        elif isinstance(value, Tensor) and isinstance(state[key], Tensor):
+            if state[key].dtype in LOW and value.dtype in REAL - LOW:
                 state[key] = value.detach().to(device, torch.float32, copy=True)
-        elif isinstance(value, (dict, list)):
-            _take(state[key], value, device)
+        elif isinstance(value, (dict, list)) and type(value) is type(state[key]):
+            _take(state[key], value, device)  # otherwise it was quantised, or given back, when it was loaded
