@@ -45,6 +45,7 @@ def test_every_example_is_run_here() -> None:
         "tpu.py",
         "optimizer_bits.py",
         "finetune_4bit.py",
+        "true_half.py",
     }
 
 
@@ -172,6 +173,18 @@ def test_tpu_example_compiles_few_programs_and_reads_only_what_it_prints(tmp_pat
     compiled, reads = re.search(r"(\d+) programs compiled, (\d+) host reads", out).groups()
     # The first step (zero_grad has nothing to do yet), the others, the sum of losses and the evaluation.
     assert int(compiled) <= 5 and int(reads) == len(losses) + 1
+
+
+def test_true_half_shows_losses_and_bytes_of_each_rounding(tmp_path: Path) -> None:
+    out = _run(tmp_path, "true_half.py")
+    rows = {name: re.findall(rf"^{name} +(.*)$", out, re.MULTILINE) for name in ("32-true", "kahan", "stochastic")}
+    losses = {name: [float(number) for number in found[0].split()] for name, found in rows.items()}
+    # 20 steps: kahan differs from float32 by bfloat16 activations alone.
+    assert losses["kahan"] != losses["32-true"]
+    for mine, true in zip(losses["kahan"], losses["32-true"], strict=True):
+        assert abs(mine / true - 1) < 0.01
+    stored = {name: found[1].split()[0] for name, found in rows.items()}
+    assert stored == {"32-true": "4.00", "kahan": "4.00", "stochastic": "2.00"}
 
 
 def test_optimizer_bits_shows_a_quarter_of_the_state_and_the_same_loss(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ LAYERS: dict[str, str] = {
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
     " region",
     "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
-    "wrap": "lowbit.checkpoint lowbit.quantised install prepared handle wrap",
+    "weights": "lowbit.words lowbit.keep lowbit.states lowbit.convert lowbit.rounding lowbit.attach lowbit.checkpoint"
+    " lowbit.quantised",
+    "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
     " migrate.apex.normalization migrate.apex.optimizers migrate.apex.parallel migrate.apex"
@@ -44,7 +46,8 @@ MAY_IMPORT: dict[str, str] = {
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
     "step": "leaves values state",
-    "wrap": "leaves values wants choice state effects step",
+    "weights": "leaves values choice state effects step",
+    "wrap": "leaves values wants choice state effects step weights",
     "tools": "leaves values wants choice state effects step wrap",
     "package": "leaves wants choice effects wrap",
     "cli": "package",

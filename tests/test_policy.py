@@ -62,7 +62,7 @@ def test_preset_means_what_the_table_says(preset: str) -> None:
     assert policy.rules == ()
     assert policy.strict
     assert policy.loss_scale == (None if preset == "16-true" else "auto")
-    assert policy.rounding == ("kahan" if preset == "bf16-true" else None)
+    assert policy.rounding == ("kahan" if preset in ("bf16-true", "16-true") else None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

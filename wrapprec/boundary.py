@@ -250,7 +250,7 @@ class Return(Crossing):
         checked = [real(local(true[i])) for i in dense]
         for i, grad in enumerate(grads):
             if grad.layout is not torch.strided:
-                values = grad._values().to(tensors[i].dtype, copy=True)
+                values = grad._values().to(into[i], copy=True)
                 true[i] = torch.sparse_coo_tensor(
                     grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
                 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from wrapprec.dtypes import LOW
 from wrapprec.sharded import local
 
 _recording = threading.RLock()
@@ -106,7 +107,9 @@ class Bucket:
 
     def grad_dtype(self, leaf: Tensor) -> torch.dtype:
         """In which dtype the true gradient of a parameter is given back."""
-        return leaf.dtype
+        if leaf.dtype not in LOW or not leaf.is_leaf:
+            return leaf.dtype
+        return getattr(leaf, "grad_dtype", None) or leaf.dtype  # torch 2.10 lets a parameter's differ from its own
 
     def deliver(self, leaf: Tensor, grad: Tensor) -> Tensor | None:
         """Take a true gradient of that dtype; returns what autograd is to accumulate."""

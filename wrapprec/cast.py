@@ -25,6 +25,7 @@ def cast_tree(
     dtype: torch.dtype,
     on_cast: Callable[[Tensor, Tensor], object] | None = None,
     convert: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+    among: frozenset[torch.dtype] = MIXABLE,
 ) -> Any:
     """Cast every float32, float16 and bfloat16 tensor in a tree.
 
@@ -36,6 +37,7 @@ def cast_tree(
         dtype: the wanted dtype.
         on_cast: called with the tensor before and the tensor after each cast.
         convert: casts one tensor.
+        among: the dtypes that are cast.
 
     Returns:
         A tree of the same types; the one given when nothing changed.
@@ -46,7 +48,7 @@ def cast_tree(
 
     def cast(tensor: Tensor) -> Tensor:
         before = tensor.dtype
-        if before is dtype or before not in MIXABLE:
+        if before is dtype or before not in among:
             return tensor
         after = convert(tensor, dtype)
         if on_cast is not None:

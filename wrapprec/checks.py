@@ -63,10 +63,28 @@ def _alive(bucket: Bucket) -> bool:
     return any(owner.alive for owner in bucket.owners)
 
 
+def check_stored(forward: Forward, key: str, param: Tensor) -> None:
+    """Refuse a parameter that was made low precision since `wrap`.
+
+    Raises:
+        ModelChangedError: see `check_dtype`.
+    """
+    problem = check_dtype(forward, key, param)
+    if problem is not None:
+        raise ModelChangedError(problem)
+
+
 def check_dtype(forward: Forward, key: str, param: Tensor) -> str | None:
-    """Say what is wrong with a parameter that is trained in low precision under a mixed policy, or None."""
-    if param.dtype not in LOW or not param.requires_grad:
+    """Say what is wrong with a parameter that is trained in a low precision it is not to have, or None."""
+    if param.dtype not in LOW or not param.requires_grad or param.dtype is forward.stored_dtype:
         return None
+    if forward.stored_dtype in LOW:
+        return message(
+            f"trainable parameters in {name(forward.stored_dtype)}, which they were converted to",
+            f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",
+            where=module_label(forward.name, forward.module),
+            remedy="unwrap before you change dtypes, and wrap again with the policy of the new one",
+        )
     return message(
         "trainable parameters in float32 under a mixed policy",
         f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",

@@ -16,7 +16,10 @@ LOW = frozenset({torch.float16, torch.bfloat16})
 """What counts as low precision."""
 
 MIXABLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
-"""What is ever cast; float64 stays what it is."""
+"""What is cast; float64 stays what it is, unless some module of the model computes in it."""
+
+REAL = MIXABLE | {torch.float64}
+"""Every dtype that parameters are stored in."""
 
 WEIGHT_FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training")
 COMPUTE_FORMATS = ("fp8", "tf32")

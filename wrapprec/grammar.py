@@ -34,6 +34,7 @@ KEYS = {
     "max_consecutive_skips": "max_consecutive_skips",
     "recipe": "recipe",
     "rounding": "rounding",
+    "grads": "grads",
     "strict": "strict",
 }
 """Every key that may be written, and the full name it stands for."""

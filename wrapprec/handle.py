@@ -17,9 +17,12 @@ from torch.optim import Optimizer
 from wrapprec.current import thread
 from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
+from wrapprec.lowbit.attach import follow_dtypes, keep_updates
 from wrapprec.lowbit.forms import embedded
+from wrapprec.lowbit.keep import load_kept
 from wrapprec.lowbit.optimizer import LowBits, check, convert
 from wrapprec.lowbit.quantised import check_attached, originals
+from wrapprec.lowbit.rounding import Rounder
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.prepared import follow
@@ -47,6 +50,7 @@ class Handle:
         self._optimizer_bits = optimizer_bits
         self._low: list[LowBits] = []
         self._steppers: list[Stepper] = []
+        self._rounders: list[Rounder] = []
         self._skipped_before = 0
         self._loaded = False
         for model in models:
@@ -161,10 +165,12 @@ class Handle:
         self._warn_of_strangers(optimizer)
         bits = self._optimizer_bits if optimizer_bits is None else optimizer_bits
         check(optimizer, bits)
+        follow_dtypes(optimizer, self._models, self._undo)
         if bits is not None:
             # Below the guard: a step that is skipped does not come here.
             low = convert(optimizer, bits, functools.partial(embedded, [m.root for m in self._models]), self._undo)
             self._low += [low] if low not in self._low else []
+        keep_updates(optimizer, self._models, self._rounders, self._undo)
         scaled = [model for model in self._models if model.scaler is not None]
         if not scaled:
             return
@@ -213,13 +219,16 @@ class Handle:
         """Everything a resumed run needs beside the model's and the optimizer's state.
 
         Returns:
-            Plain numbers and strings: it loads with ``torch.load(weights_only=True)``.
+            Plain numbers and strings, and what the rounding of low precision weights keeps, by name: int16 tensors.
+            It loads with ``torch.load(weights_only=True)``.
         """
-        return {
+        state = {
             "version": 1,
             "scales": [None if m.scaler is None else m.scaler.state_dict() for m in self._models],
             "skipped_steps": self._count_skipped(),
         }
+        kept = [None if m.kept is None else m.kept.state_dict() for m in self._models]
+        return state | ({"rounding": kept} if any(kept) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume.
@@ -233,6 +242,7 @@ class Handle:
         if not self._models:  # not enabled: there is nothing to resume
             return
         load_scales(self._models, state)
+        load_kept(self._models, state.get("rounding") or [None] * len(self._models))
         self._skipped_before = int(state.get("skipped_steps", 0))
         self._loaded = True
         for stepper in self._steppers:
@@ -281,8 +291,7 @@ class Handle:
             if name in ("forward", "_old_forward") and isinstance(obj, nn.Module):
                 # accelerate's hooks were put over ours since, or taken away.
                 take_away(obj)
-        self._models = []
-        self._steppers, self._low = [], []
+        self._models, self._steppers, self._rounders, self._low = [], [], [], []
 
     def __enter__(self) -> Handle:
         return self

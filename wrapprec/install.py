@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from wrapprec import audit
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
 from wrapprec.defaults import copies_weights
-from wrapprec.dtypes import WEIGHT_FORMATS, is_format, name
+from wrapprec.dtypes import MIXABLE, REAL, is_low, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.fsdp import check_sharding
 from wrapprec.gathered import check_not_compiled
+from wrapprec.lowbit.convert import convert, keeps_weights, restore_copy, within_parametrisations
 from wrapprec.lowbit.float8 import kernels
 from wrapprec.lowbit.products import Product
 from wrapprec.lowbit.quantised import adopt as adopt_quantised
@@ -79,6 +79,7 @@ def install(
     shared = Shared(model, request, plan, backend_for(device), device)
     shared.refresh = refresh
     undo.push(lambda: audit.dismiss(shared.schedule))
+    convert(model, shared, undo)
     _place(model, shared, undo, plan)
     quantise(model, plan, undo, optimizers)
     shared.ranks.look_below(model)
@@ -121,6 +122,7 @@ def _refresh(forward: Forward) -> None:
             shared.scaler.to(device)
     if root is None or model is root:
         shared.plan = plan
+    convert(model, shared, shared.undo)
     _place(model, shared, shared.undo, plan)
     quantise(model, plan, shared.undo, None)
     release(model)
@@ -143,19 +145,15 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
     plan = resolve(model, request.policy, rules=request.rules, **options)
     for placement in plan.placements:
         precision = placement.precision
-        if (
-            (precision.param_dtype is not torch.float32 and precision.param_dtype not in WEIGHT_FORMATS)
-            or (is_format(precision.compute_dtype) and precision.compute_dtype not in ("tf32", "fp8"))
-            or (precision.compute_dtype is torch.float64)
-        ):
+        compute = precision.compute_dtype
+        doubles = {precision.param_dtype is torch.float64, compute is torch.float64}
+        if len(doubles) > 1 or (compute == "fp8" and precision.param_dtype is not torch.float32):
             raise PolicyError(
                 message(
-                    "a policy with float32 or quantised parameters that computes in float32, bfloat16, float16 or fp8",
-                    f"{plan.policy}, which has {name(precision.param_dtype)} parameters and computes in"
-                    f" {name(precision.compute_dtype)}",
+                    "a policy that stores and computes in float64, or neither, and float32 weights under fp8",
+                    f"{plan.policy}, which has {name(precision.param_dtype)} parameters, computing in {name(compute)}",
                     where=f"{placement.name!r} ({placement.module_type})",
-                    remedy="wrap applies the policies 32-true, 32-fast, 16-mixed, bf16-mixed, 16-module, bf16-module"
-                    f", fp8-mixed and {', '.join(WEIGHT_FORMATS)} so far; the others can be planned with resolve",
+                    remedy="use 64-true for float64, and fp8-mixed for fp8",
                 )
             )
     return plan
@@ -189,14 +187,12 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
     """Give every module its Forward, or bring the one it has up to date."""
     regions: Regions = {}
     placements = {placement.name: placement for placement in plan.placements}
-    parametrised: set[int] = set()
+    parametrised = within_parametrisations(model)
     managed = managed_below(model)
     shared.sharded = bool(managed)
     if shared.sharded and plan.loss_scale is not None:
         check_not_compiled(model)
     for fqn, module in model.named_modules():
-        if isinstance(module, ParametrizationList):
-            parametrised.update(map(id, module.modules()))
         own = forward_of(module)
         if isinstance(own, Forward) and own.shared is not shared:
             continue
@@ -205,7 +201,7 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             undo.set_attribute(module, place_of(module), own)
         own.name = fqn
         placement = placements[fqn]
-        if id(module) in parametrised or _renormalises(module):
+        if is_low(placement.precision.compute_dtype) and keeps_weights(module, parametrised):
             # The weight is computed in float32, and its result is cast: a spectral norm iterates on the originals, and
             # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
@@ -217,15 +213,13 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             module._orig_mod.__dict__["forward"].tree()
 
 
-def _renormalises(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-
-
 def _configure(forward: Forward, placement: Placement, shared: Shared, regions: Regions) -> None:
     precision = placement.precision
     keeps = placement.activations == "keep"
     low = None if precision.casting is None else precision.activation_dtype
     by_autocast = precision.casting == "op" and copies_weights(forward.module, precision)
+    stored = precision.param_dtype
+    forward.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
     forward.wide = _region(precision, shared, "restore", regions) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None
@@ -253,8 +247,11 @@ def _region(precision: Precision, shared: Shared, activations: Activations, regi
     precision = precision.surroundings
     key = precision, activations
     if key not in regions:
-        upcasts = shared.mixed and activations != "given"
-        regions[key] = Region(precision, shared.device.type, activations == "restore", upcasts)
+        doubles = any(p.precision.activation_dtype is torch.float64 for p in shared.plan.placements)
+        upcasts = (shared.mixed or doubles) and activations != "given"
+        regions[key] = Region(
+            precision, shared.device.type, activations == "restore", upcasts, REAL if doubles else MIXABLE
+        )
     return regions[key]
 
 
@@ -266,4 +263,6 @@ def adopt(model: nn.Module) -> UndoStack:
     for below in forward.tree():
         undo.remember(below.module, place_of(below.module), below, below.replaced)
         adopt_quantised(below, undo)
+    if forward.shared.kept is not None:
+        undo.push(lambda: restore_copy(model, forward.shared.kept))
     return undo

@@ -37,6 +37,8 @@ class Policy:
         rounding: how low-precision weights keep small updates: `kahan`, `stochastic`, `nearest` or None.
         strict: whether a rule that matches nothing is an error.
         recipe: how fp8 is scaled: `tensorwise` (what None means), `rowwise` or `rowwise_with_gw_hp`.
+        grad_dtype: what the gradients of low-precision parameters are kept in; None: as the parameters, or float32
+            under a loss scale. Another dtype than the parameters' needs torch 2.10.
 
     Raises:
         PolicyError: these do not go together.
@@ -55,6 +57,7 @@ class Policy:
     rounding: Rounding = None
     strict: bool = True
     recipe: str | None = None
+    grad_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         precision = self.precision
@@ -62,6 +65,12 @@ class Policy:
             object.__setattr__(self, name, getattr(precision, name))
         object.__setattr__(self, "rules", tuple(as_rule(rule) for rule in self.rules))
         object.__setattr__(self, "loss_scale", parse_loss_scale(self.loss_scale))
+        if self.grad_dtype is not None:
+            object.__setattr__(self, "grad_dtype", dtypes.parse_dtype(self.grad_dtype))
+            if isinstance(self.grad_dtype, str):
+                raise PolicyError(
+                    message("a torch dtype for gradients", f"grads={self.grad_dtype}", remedy="use grads=float32")
+                )
         if self.rounding not in ("kahan", "stochastic", "nearest", None):
             raise PolicyError(
                 message(
@@ -179,6 +188,8 @@ def _build(text: Text) -> Policy:
     if "rounding" in text.fields:
         rounding = text.fields["rounding"].lower()
         changes["rounding"] = None if rounding == "none" else rounding
+    if "grads" in text.fields:
+        changes["grad_dtype"] = text.fields["grads"]
     strict = grammar.read_flag(text.fields, "strict")
     if strict is not None:
         changes["strict"] = strict
@@ -186,10 +197,10 @@ def _build(text: Text) -> Policy:
 
 
 def _extras(precision: Precision) -> dict[str, Any]:
-    """The loss scale and rounding that a text leaves out: true half is not scaled, true bf16 keeps small updates."""
+    """The loss scale and rounding that a text leaves out: true half is not scaled, and keeps small updates."""
     return {
         "loss_scale": None if precision.param_dtype == torch.float16 else "auto",
-        "rounding": "kahan" if precision.param_dtype == torch.bfloat16 else None,
+        "rounding": "kahan" if precision.param_dtype in dtypes.LOW else None,
     }
 
 
@@ -201,6 +212,8 @@ def _write(policy: Policy) -> dict[str, str]:
         items |= write_scale(policy.loss_scale)
     if policy.rounding != extras["rounding"]:
         items["rounding"] = policy.rounding or "none"
+    if policy.grad_dtype is not None:
+        items["grads"] = dtypes.name(policy.grad_dtype)
     if not policy.strict:
         items["strict"] = "false"
     return items

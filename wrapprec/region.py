@@ -17,7 +17,7 @@ from torch import nn
 from wrapprec import again, levels, traced
 from wrapprec.capture import Recorded, has_no_backward, is_symbolic
 from wrapprec.cast import cast_tree, lower
-from wrapprec.checks import check_backwards, check_dtype, sharded_since, warn_of_autocast, warn_of_hooks
+from wrapprec.checks import check_backwards, check_stored, sharded_since, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import thread
 from wrapprec.errors import ModelChangedError, WrapprecError, module_label
@@ -44,20 +44,20 @@ class Region:
         device_type: for autocast.
         restores: float32 inside, and outputs given back in the dtype around it (a hand-written norm).
         upcasts: a float32 region raises what comes in.
+        among: the dtypes that it casts.
     """
 
-    def __init__(self, precision: Precision, device_type: str, restores: bool, upcasts: bool) -> None:
+    def __init__(self, precision: Precision, device_type: str, restores: bool, upcasts: bool, among: Any) -> None:
         self.precision = precision
         self.device_type = device_type
-        self.restores = restores
+        self.restores, self.among = restores, among
         self.autocasts = precision.casting == "op"
         self.caches = cache_is_sound()
         self.low = None if precision.casting is None else precision.activation_dtype
-        output = precision.output_dtype
-        assert isinstance(output, torch.dtype)
-        self.output_dtype = output
+        self.output_dtype: Any = precision.output_dtype
         self.casts = precision.casts_inputs if self.low is not None else upcasts
-        self.by_module = precision.casting == "module" and self.casts
+        self.high = precision.activation_dtype if self.low is None else torch.float32
+        self.by_module = (precision.casting == "module" or self.high is torch.float64) and self.casts
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as this region wants it; nothing where it is so already."""
@@ -72,15 +72,16 @@ class Region:
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
         """Cast what comes in: to the compute dtype, or up to float32."""
-        return cast_tree(tree, self.low or torch.float32, on_cast, lower)
+        return cast_tree(tree, self.low or self.high, on_cast, lower, self.among)
 
     def give_back(self, out: Any, around: Region) -> Any:
         """Cast what goes out into the region `around`."""
         if self.low is not None:
             return cast_tree(out, self.output_dtype)
-        if self.restores and around.by_module and around.low is not None:
-            return cast_tree(out, around.low)
-        return out
+        if around.high is not self.high:  # float64 meets another
+            return cast_tree(out, around.low or around.high, among=self.among)
+        low = around.low if self.restores and around.by_module else None
+        return out if low is None else cast_tree(out, low)
 
 
 class Forward(Recorded, StandIn):
@@ -95,7 +96,7 @@ class Forward(Recorded, StandIn):
     Attributes:
         region: the precision it computes in; None for "whatever is around" (a norm whose kernel takes the mix).
         wide: where `region` is None, what stands in under torch.func, forward-mode AD and export: they take no mix.
-        lend_dtype: the dtype its own parameters are lent in, or None for their own.
+        stored_dtype, lend_dtype: the dtypes its own parameters are to have, and are lent in (or None for their own).
         freeze_dtype: the dtype they are lent in inside `frozen()`.
         managed: of its parameters, those that FSDP manages; None where it did not manage the module at `wrap`.
         output_dtype: the dtype of floating outputs where this module opens a scope, or None to leave them.
@@ -110,6 +111,7 @@ class Forward(Recorded, StandIn):
 
     region: Region | None
     wide: Region | None
+    stored_dtype: torch.dtype
     lend_dtype: torch.dtype | None
     freeze_dtype: torch.dtype | None
     managed: dict[str, Managed] | None
@@ -284,10 +286,8 @@ class Forward(Recorded, StandIn):
                     continue
                 if device is None and not param.is_meta:
                     device = param.device
-                if mixed and param.dtype is not torch.float32 and key not in (forward.managed or ()):
-                    problem = check_dtype(forward, key, param)
-                    if problem is not None:
-                        raise ModelChangedError(problem)
+                if mixed and param.dtype is not forward.stored_dtype and key not in (forward.managed or ()):
+                    check_stored(forward, key, param)
         if stale or device not in (None, shared.device):
             shared.refresh(self)
         for owner in shared.owners:

@@ -74,6 +74,8 @@ class Shared:
         self.hastened: set[str] = set()
         self.ranks = Ranks()
         self.sharded = False  # FSDP manages some of the parameters
+        # What is kept beside weights that are stored in other dtypes: a `lowbit.keep.Kept`.
+        self.kept: Any = None
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.
@@ -120,6 +122,20 @@ class Shared:
             for name, param in originals(module).items():
                 if param is not None:
                     yield managed[name].shard if name in managed else param
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's own parameters by qualified name, each once; not those of a model that was wrapped apart."""
+        root = None if self.root is None else self.root()
+        seen: set[int] = set()
+        for fqn, module in () if root is None else root.named_modules():
+            forward = forward_of(module)
+            if getattr(forward, "shared", None) is self:
+                managed = getattr(forward, "managed", None) or {}
+                for key, own in originals(module).items():
+                    param = managed[key].shard if key in managed else own
+                    if param is not None and id(param) not in seen:
+                        seen.add(id(param))
+                        yield f"{fqn}.{key}".lstrip("."), param
 
     def trained_by(self, owner: Any) -> bool:
         """Whether `owner` steps one of the model's parameters."""

@@ -13,6 +13,7 @@ from wrapprec.errors import NotWrappedError, message
 from wrapprec.handle import Handle
 from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
+from wrapprec.lowbit.keep import forget_rests
 from wrapprec.lowbit.optimizer import check
 from wrapprec.lowbit.quantised import release
 from wrapprec.policy import Policy
@@ -89,6 +90,8 @@ def wrap(
             shared.undo = undo
             installed.append(shared)
         handle = Handle(installed, undo, optimizer_bits)
+        if not optimizers:
+            forget_rests(installed)
         for one_optimizer in optimizers:
             mine = [s for s in schedulers if getattr(s, "optimizer", one_optimizer) is one_optimizer]
             handle.attach(one_optimizer)

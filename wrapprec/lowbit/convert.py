@@ -1,0 +1,269 @@
+"""Converts a model's parameters and buffers in place to the dtypes of its plan, and back: always the same objects."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from wrapprec.computed import computed_by_hooks
+from wrapprec.dtypes import LOW, REAL, name
+from wrapprec.errors import PolicyError, WrapprecError, WrapprecWarning, message, module_label
+from wrapprec.lent import originals
+from wrapprec.lowbit.keep import Kept, mode_of
+from wrapprec.lowbit.words import split
+from wrapprec.plan import Plan
+from wrapprec.region import Forward
+from wrapprec.standin import forward_of
+from wrapprec.state import Shared
+from wrapprec.undo import UndoStack
+
+_Found = tuple[str, Tensor, torch.dtype]
+"""A tensor to convert: its qualified name, itself, and the dtype it is to have."""
+
+
+def keeps_weights(module: nn.Module, parametrised: set[int]) -> bool:
+    """Whether a module's parameters must stay as wide as they are: what is computed from them is cast instead.
+
+    Args:
+        module: any module of the model.
+        parametrised: the ids of the modules within parametrisations.
+    """
+    renormalises = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    return renormalises or id(module) in parametrised
+
+
+def within_parametrisations(model: nn.Module) -> set[int]:
+    """The ids of the modules that are parts of a parametrisation."""
+    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
+    return {id(below) for module in lists for below in module.modules()}
+
+
+def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
+    """Give the parameters and buffers of every module that has no Forward yet the dtype of its placement.
+
+    A tied parameter gets the widest of the dtypes that are wanted. What narrows leaves the buffers that are not saved
+    with the model as they are: tables that code has computed (rotary frequencies), to which it is going to multiply.
+
+    Args:
+        model: the root.
+        shared: its state; `shared.kept` takes the old dtypes, and under `kahan` the remainders.
+        undo: takes the way back.
+
+    Raises:
+        PolicyError: a lazy parameter has no dtype yet, FSDP manages the parameters, or torch cannot keep gradients in
+            another dtype than the parameters.
+        WrapprecError: a DistributedDataParallel was built around the parameters before.
+    """
+    plan = shared.plan
+    if not _stores(plan):
+        return
+    if shared.kept is None:
+        shared.kept = Kept(mode_of(plan))
+    kept = shared.kept
+    params = list(_wanted(model, plan, False))
+    changing = [found for found in params if found[1].dtype is not found[2]]
+    check_managers(model, {id(tensor) for _, tensor, _ in changing})
+    changing += [found for found in _wanted(model, plan, True) if found[1].dtype is not found[2]]
+    done: list[tuple[str, Tensor]] = []
+    graded: list[tuple[Tensor, torch.dtype | None]] = []
+    undo.push(lambda: _set_grad_dtypes(graded))
+    undo.push(lambda: restore(done, kept))
+    for fqn, tensor, dtype in changing:
+        kept.dtypes[fqn] = tensor.dtype, dtype
+        low = tensor.detach().to(dtype)
+        if kept.mode == "kahan" and tensor.requires_grad and tensor.dtype not in LOW and dtype in LOW:
+            low, kept.rests[fqn] = split(tensor.detach().to(torch.float32), dtype)
+        done.append((fqn, tensor))
+        _set(tensor, low)
+    trained = [(fqn, param) for fqn, param, dtype in params if dtype in LOW and param.requires_grad]
+    wanted: Any = plan.policy.grad_dtype
+    if wanted is None and plan.loss_scale is not None and hasattr(Tensor, "grad_dtype"):
+        wanted = torch.float32  # true gradients are smaller than float16 reaches
+    for fqn, param in trained:
+        if wanted not in (None, param.dtype):
+            graded.append((param, _grad_dtype(fqn, param, wanted)))
+            _set_grad_dtypes([(param, wanted)])
+    if done:
+        _flatten(model)
+    if trained:
+        _warn_of_nearest(kept, trained[0][1].dtype)
+
+
+def _stores(plan: Plan) -> bool:
+    """Whether any module keeps its parameters in another dtype than float32."""
+    kinds = {placement.precision.param_dtype for placement in plan.placements}
+    return bool(kinds & (REAL - {torch.float32}))
+
+
+def _wanted(model: nn.Module, plan: Plan, buffers: bool) -> Iterator[_Found]:
+    """The floating tensors of the modules that were not placed before, each once, and the dtypes they are to have."""
+    everywhere = plan.policy.param_dtype in REAL - {torch.float32}
+    parametrised = within_parametrisations(model)
+    found: dict[int, _Found] = {}
+    pinned: set[int] = set()
+    for fqn, module in model.named_modules():
+        if isinstance(forward_of(module), Forward):
+            continue
+        dtype = plan.placement(fqn).precision.param_dtype
+        made_of = computed_by_hooks(module)
+        for key, tensor in (module._buffers if buffers else originals(module)).items():
+            if tensor is None:
+                continue
+            if not isinstance(dtype, torch.dtype) or (dtype is torch.float32 and not everywhere):
+                pinned.add(id(tensor))
+                continue
+            if is_lazy(tensor):
+                raise PolicyError(
+                    message(
+                        f"parameters to store in {name(dtype)}",
+                        f"a lazy parameter {key!r}, which has no shape yet",
+                        where=module_label(fqn, module),
+                        remedy="run one forward before wrap",
+                    )
+                )
+            unsaved = buffers and key in module._non_persistent_buffers_set
+            if tensor.dtype not in REAL or tensor.is_meta or (unsaved and dtype in LOW):
+                continue
+            wide = dtype in LOW and (key in made_of or keeps_weights(module, parametrised))
+            wanted = torch.promote_types(torch.float32, tensor.dtype) if wide else dtype
+            first, _, other = found.get(id(tensor), (f"{fqn}.{key}".lstrip("."), tensor, wanted))
+            found[id(tensor)] = first, tensor, torch.promote_types(other, wanted)
+    yield from (one for key, one in found.items() if key not in pinned)
+
+
+def _set(tensor: Any, data: Tensor) -> None:
+    """Exchange what a tensor holds, and its gradient's dtype with it."""
+    grad, tensor.grad = tensor.grad, None
+    # Once it was set, torch's `grad_dtype` does not follow the dtype by itself any more.
+    follows = getattr(tensor, "grad_dtype", None) is tensor.dtype
+    tensor.data = data
+    if follows and tensor.grad_dtype is not data.dtype:
+        tensor.grad_dtype = data.dtype
+    if grad is not None:
+        tensor.grad = grad.to(getattr(tensor, "grad_dtype", None) or data.dtype)
+
+
+def _grad_dtype(fqn: str, param: Any, wanted: Any) -> torch.dtype | None:
+    """The dtype of the gradient, where torch lets it differ from the parameter's; None where it does not differ."""
+    if not hasattr(param, "grad_dtype"):
+        raise PolicyError(
+            message(
+                "a torch that keeps gradients in another dtype than the parameters (2.10 or later)",
+                f"torch {torch.__version__} and gradients in {name(wanted)}",
+                where=repr(fqn),
+                remedy="leave grads= out: they are then accumulated in the parameters' dtype",
+            )
+        )
+    dtype: torch.dtype = param.grad_dtype
+    return None if dtype is param.dtype else dtype
+
+
+def _set_grad_dtypes(graded: list[tuple[Any, Any]]) -> None:
+    """Have gradients in these dtypes; None is that of the parameter."""
+    for param, dtype in graded:
+        grad, param.grad = param.grad, None
+        param.grad_dtype = dtype or param.dtype
+        param.grad = None if grad is None else grad.to(param.grad_dtype)
+
+
+def restore(tensors: list[tuple[str, Tensor]], kept: Kept) -> None:
+    """Give tensors back the dtypes they had; under `kahan` with the remainders, so that nothing is lost.
+
+    Args:
+        tensors: by their names at `convert`; those whose dtype somebody has changed since are left alone.
+        kept: what `convert` wrote.
+    """
+    for fqn, tensor in tensors:
+        before, now = kept.dtypes[fqn]
+        if tensor.dtype is now and not tensor.is_meta:
+            whole = kept.widen(fqn, tensor) if now in LOW and before not in LOW else tensor.detach()
+            _set(tensor, whole.to(before))
+    reducers = _reducers({id(tensor) for _, tensor in tensors if tensor.requires_grad})
+    if reducers:
+        warnings.warn(
+            message(
+                "unwrap after the DistributedDataParallel around the model is gone",
+                "one that is alive, and that does not reduce gradients of parameters whose dtype has changed",
+                remedy="build DistributedDataParallel(model) anew",
+            ),
+            WrapprecWarning,
+            stacklevel=4,
+        )
+
+
+def restore_copy(model: nn.Module, kept: Kept) -> None:
+    """Give the tensors of a copied, or loaded, wrapped model back the dtypes that the original's had."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for fqn, module in model.named_modules():
+        for key, tensor in (*originals(module).items(), *module._buffers.items()):
+            path = f"{fqn}.{key}".lstrip(".")
+            if tensor is not None and path in kept.dtypes:
+                found.setdefault(id(tensor), (path, tensor))
+    restore(list(found.values()), kept)
+    _flatten(model)
+
+
+def _flatten(model: nn.Module) -> None:
+    """Let recurrent networks lay their weights out in one piece again, where their kernels want that."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
+def _reducers(ids: set[int]) -> list[DDP]:
+    """The DistributedDataParallel modules that reduce the gradients of some of these parameters."""
+    if not ids or not dist.is_available() or not dist.is_initialized():
+        return []
+    ddps = [one for one in gc.get_objects() if DDP in type(one).__mro__]
+    return [ddp for ddp in ddps if any(id(param) in ids for param in ddp.parameters())]
+
+
+def check_managers(model: nn.Module, ids: set[int]) -> None:
+    """Refuse to convert what others hold on to: DDP the gradients' hooks, FSDP the storage.
+
+    Raises:
+        PolicyError: FSDP manages parameters.
+        WrapprecError: there is a DDP around them.
+    """
+    if not ids:
+        return
+    for fqn, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise PolicyError(
+                message(
+                    "parameters that nobody else manages, to change their dtype",
+                    "a model that fully_shard was applied to",
+                    where=module_label(fqn, module),
+                    remedy="convert the model (model.to(dtype)) before fully_shard, or use a mixed policy",
+                )
+            )
+    if _reducers(ids):
+        raise WrapprecError(
+            message(
+                "wrap before DistributedDataParallel, where the parameters change their dtype",
+                "parameters whose gradients a DistributedDataParallel reduces already, which would stop",
+                remedy="call wrap(model, ...) first, then DistributedDataParallel(model)",
+            )
+        )
+
+
+def _warn_of_nearest(kept: Kept, dtype: torch.dtype) -> None:
+    if kept.mode in ("kahan", "stochastic"):
+        return
+    bits = 8 if dtype is torch.bfloat16 else 11
+    text = message(
+        "a rounding that keeps small updates of low precision weights",
+        f"rounding={kept.mode or 'none'}: updates of {name(dtype)} weights that are smaller than 2**-{bits + 1} of"
+        " the weight are lost",
+        remedy='use rounding="kahan" or "stochastic"',
+    )
+    warnings.warn(text, WrapprecWarning, stacklevel=5)

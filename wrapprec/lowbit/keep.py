@@ -1,0 +1,156 @@
+"""What a wrapped model keeps beside its low precision weights: their remainders, and where random bits come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wrapprec.errors import PolicyError, message
+from wrapprec.lowbit.words import combine, round_by_chance, split
+
+if TYPE_CHECKING:
+    from wrapprec.plan import Plan
+    from wrapprec.state import Shared
+
+
+PIECE = 2**17
+"""How many numbers are split at once: what is made on the way fits into a cache, and is small beside the weights."""
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces that share their storage; whole where they are not laid out alike."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+
+
+class Kept:
+    """The rounding of one wrapped model's weights.
+
+    Args:
+        mode: `kahan`, `stochastic` or `nearest`.
+
+    Attributes:
+        rests: under `kahan`, the remainder of each trained weight by its qualified name, int16; what is missing is 0.
+        dtypes: by the qualified name of each tensor that was converted, the dtype it had and the one it has.
+    """
+
+    def __init__(self, mode: str | None) -> None:
+        self.mode = mode
+        self.rests: dict[str, Tensor] = {}
+        self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+        self._generators: dict[str, torch.Generator] = {}
+        self._states: dict[str, Tensor] = {}
+
+    def widen(self, name: str, weight: Tensor) -> Tensor:
+        """A weight as the optimizer is to see it: float32, a tensor of its own."""
+        rest = self.rests.get(name)
+        if rest is None or rest.shape != weight.shape:
+            return weight.detach().to(torch.float32)
+        wide = torch.empty_like(weight, dtype=torch.float32)
+        for whole, low, more in _pieces(wide, weight.detach(), rest.to(weight.device)):
+            whole.copy_(combine(low, more))
+        return wide
+
+    def narrow(self, name: str, weight: Tensor, wide: Tensor, seed: int) -> None:
+        """Write a float32 number into a weight, as the mode wants it.
+
+        Args:
+            name: the weight's qualified name.
+            weight: low precision; written in place.
+            wide: float32.
+            seed: of the random bits, where none were drawn yet.
+        """
+        low = rest = weight.detach()
+        if self.mode == "kahan":
+            known = self.rests.get(name)
+            fits = known is not None and known.shape == low.shape and known.device == low.device
+            rest = self.rests[name] = known if known is not None and fits else torch.empty_like(low, dtype=torch.int16)
+        for whole, narrow, more in _pieces(wide, low, rest):
+            if self.mode == "kahan":
+                rounded, left = split(whole, weight.dtype)
+                more.copy_(left)
+            elif self.mode == "stochastic":
+                rounded = round_by_chance(whole, weight.dtype, self._generator(wide.device, seed))
+            else:
+                rounded = whole.to(weight.dtype)
+            narrow.copy_(rounded)
+
+    def _generator(self, device: torch.device, seed: int) -> torch.Generator:
+        key = str(device)
+        if key not in self._generators:
+            try:
+                generator = torch.Generator(device)
+            except RuntimeError:  # a device that has no generators takes the host's bits
+                generator = torch.Generator()
+            if key in self._states:
+                generator.set_state(self._states.pop(key))
+            else:
+                generator.manual_seed(seed)
+            self._generators[key] = generator
+        return self._generators[key]
+
+    def _random(self) -> dict[str, Tensor]:
+        return self._states | {key: generator.get_state() for key, generator in self._generators.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: remainders by name, and the states of the random generators by device."""
+        return {"mode": self.mode, "rests": dict(self.rests), "random": self._random()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume; under another mode than the saved one, the weights go on as they are."""
+        self.rests, self._generators, self._states = {}, {}, {}
+        if self.mode == state["mode"]:
+            self.rests = {name: rest.clone() for name, rest in state["rests"].items()}
+            self._states = {key: value.clone() for key, value in state["random"].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Generators do not pickle on every device; their states do.
+        return {**self.__dict__, "_generators": {}, "_states": self._random()}
+
+
+def mode_of(plan: Plan) -> str | None:
+    """How the weights of a model are rounded: as the policy says; where only rules store low, updates are kept."""
+    policy = plan.policy
+    if policy.rounding is not None or policy.param_dtype in (torch.bfloat16, torch.float16):
+        return policy.rounding
+    low = any(p.precision.param_dtype in (torch.bfloat16, torch.float16) for p in plan.placements)
+    return "kahan" if low else None
+
+
+def forget_rests(models: Iterable[Shared]) -> None:
+    """Nobody trains these models so far: keep no remainders of their weights."""
+    for model in models:
+        if model.kept is not None:
+            model.kept.rests.clear()
+
+
+def load_kept(models: Sequence[Shared], states: Iterable[dict[str, Any] | None]) -> None:
+    """Give every model its remainders back; all of them, or none.
+
+    Args:
+        models: in the order in which they were saved.
+        states: of `Kept.state_dict`, or None for a model that had none.
+
+    Raises:
+        PolicyError: a remainder is of another shape than the weight of its name, or there is no such weight.
+    """
+    pairs = [(m, m.kept, s) for m, s in zip(models, states, strict=True) if m.kept is not None and s is not None]
+    for model, kept, state in pairs:
+        shapes = {name: param.shape for name, param in model.named_parameters()}
+        wrong = [name for name, rest in state["rests"].items() if shapes.get(name) != rest.shape]
+        if wrong and kept.mode == state["mode"]:
+            raise PolicyError(
+                message(
+                    "the rounding state of this model",
+                    f"a remainder of shape {tuple(state['rests'][wrong[0]].shape)}, where the model has"
+                    f" {'no such parameter' if wrong[0] not in shapes else tuple(shapes[wrong[0]])}",
+                    where=repr(wrong[0]),
+                    remedy="load the state that was saved with this model",
+                )
+            )
+    for _, kept, state in pairs:
+        kept.load_state_dict(state)
