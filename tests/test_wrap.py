@@ -115,7 +115,7 @@ def test_a_failure_half_way_leaves_nothing_behind(failing: str, monkeypatch: pyt
 def test_a_policy_that_does_not_fit_changes_nothing() -> None:
     model = net()
     before = [dict(m.__dict__) for m in model.modules()]
-    for policy in ("params=float64,compute=float32", "nf4", "no such policy"):
+    for policy in ("params=float64,compute=float32", "no such policy"):
         with pytest.raises(PolicyError):
             wrapprec.wrap(model, policy=policy)
     with pytest.raises(PolicyError):
