@@ -59,9 +59,7 @@ def running(arguments: list[str], environment: dict[str, str], patch: pytest.Mon
         yield
 
 
-def losses(
-    source: str, arguments: list[str], environment: dict[str, str], patch: pytest.MonkeyPatch
-) -> list[float]:
+def losses(source: str, arguments: list[str], environment: dict[str, str], patch: pytest.MonkeyPatch) -> list[float]:
     """Run a script in this process; gives the numbers behind `loss` that it prints."""
     printed = io.StringIO()
     names = types.ModuleType("__main__").__dict__

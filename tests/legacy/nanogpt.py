@@ -1,4 +1,4 @@
-"""A language model in the manner of nanoGPT: settings as globals, an assigned context, accumulation, one flat script."""
+"""A language model in the manner of nanoGPT: settings as globals, an assigned context, accumulation, one script."""
 
 import os
 from contextlib import nullcontext

@@ -13,7 +13,7 @@ def run(steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     early = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=100)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
     for _ in range(steps):
         x = torch.randn(16, 8)
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ def run(steps):
         model,
         optimizer,
         "16-mixed",
-        loss_scale=wrapprec.LossScale(init_scale=2.0**14, growth_interval=100),
+        loss_scale=wrapprec.LossScale(init_scale=2.0**8, growth_interval=100),
     )
     for _ in range(steps):
         x = torch.randn(16, 8)

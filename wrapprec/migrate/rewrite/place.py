@@ -159,6 +159,12 @@ def find_place(
     chains = [chain(statement(node, names), names) for node in statements]
     shared = [block for block, _ in chains[0] if all(any(block is other for other, _ in one) for one in chains)]
     block = shared[0]
+    for node in statements:
+        for up in names.above(node):
+            if up is block:
+                break
+            if isinstance(up, (cst.For, cst.While)):
+                return Reason(node, "this is made in a loop, and what belongs to it outside of it")
     after = max((below for one in chains for up, below in one if up is block), key=names.line)
     place = Place(function, block, after)
     trouble = _runs_often(place, models, names)

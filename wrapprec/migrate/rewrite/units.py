@@ -86,6 +86,7 @@ def find_units(names: Names) -> list[Unit]:
             if not region.models:
                 words = "the model that this belongs to is made in another file; wrapprec honours autocast in a forward"
                 reasons.append(Reason(region.item, words))
+                continue
         key: Hashable = ("function", region.function)
         groups.join([key, function_key(region.cast.call), *region.models])
         members.append((key, lambda unit, region=region: unit.regions.append(region)))  # type: ignore[misc]
