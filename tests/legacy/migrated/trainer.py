@@ -17,7 +17,7 @@ class Trainer:
             self.optimizer,
             "16-mixed",
             loss_scale=wrapprec.LossScale(init_scale=1024.0),
-            enabled=self.use_amp,
+            enabled=use_amp,
         )
         self.criterion = nn.MSELoss()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from wrapprec.migrate.rewrite.casts import Region, outside
 from wrapprec.migrate.rewrite.edits import Fork, Plan, wrap_call
 from wrapprec.migrate.rewrite.facts import Reason, constant, statement
+from wrapprec.migrate.rewrite.mistakes import note_mistakes
 from wrapprec.migrate.rewrite.names import Names, Symbol
 from wrapprec.migrate.rewrite.passing import pass_on
 from wrapprec.migrate.rewrite.place import Place, find_place, home, models_of, spelled
@@ -72,6 +73,8 @@ def _plan(unit: Unit, names: Names, package: str) -> None:
         plan.drop(region.item)
         for fork in region.forks:
             plan.forks.setdefault(fork, Fork("keep"))
+    for function in {one for _, uses in unit.scalers for one in uses.functions}:
+        note_mistakes(function, plan, names)
     for cast in unit.casts:
         for one in cast.statements:
             plan.drop(one)

@@ -72,11 +72,15 @@ class _Transformer(cst.CSTTransformer):
         if original in self._forks:
             return self._fork(original, updated)
         rest = updated.orelse
+        calls = any(isinstance(node, (cst.Call, cst.NamedExpr)) for node in each(updated.test))
+        became = isinstance(rest, cst.Else) and same(updated.body, rest.body) and not same(original.body, rest.body)
+        if became and not calls:  # both sides say the same now
+            return _flat(updated.leading_lines, updated.body)
         if isinstance(rest, cst.Else) and _is_empty(rest.body) and not _is_empty(original.orelse.body):  # type: ignore[union-attr]
             updated = updated.with_changes(orelse=None)
             rest = None
         lost = _is_empty(updated.body) and not _is_empty(original.body) and rest is None
-        if lost and not any(isinstance(node, (cst.Call, cst.NamedExpr)) for node in each(updated.test)):
+        if lost and not calls:
             return _gone(updated.leading_lines, _lines_of(updated.body))
         return updated
 

@@ -46,21 +46,24 @@ def add_import(module: cst.Module) -> cst.Module:
     """Import wrapprec, behind the imports that torch's is among."""
     line = cst.parse_statement("import wrapprec\n")
     body = list(module.body)
-    at = None
-    for number, one in enumerate(body):
-        if _imports_torch(one):
-            at = number
-            while at + 1 < len(body) and _is_import(body[at + 1]) and not body[at + 1].leading_lines:
-                at += 1
-            break
-    if at is None:
-        imports = [number for number, one in enumerate(body) if _is_import(one)]
+    head = next((number for number, one in enumerate(body) if not _is_head(one)), len(body))
+    of_torch = [number for number, one in enumerate(body) if _imports_torch(one)]
+    imports = [number for number, one in enumerate(body) if _is_import(one)]
+    early = [number for number in of_torch if number < head]
+    if early or of_torch:
+        at = early[-1] if early else of_torch[0]
+    else:
         at = imports[-1] if imports else 0 if body and _is_docstring(body[0]) else -1
     return module.with_changes(body=[*body[: at + 1], line, *body[at + 1 :]])
 
 
 def _is_import(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.SimpleStatementLine) and isinstance(node.body[0], (cst.Import, cst.ImportFrom))
+
+
+def _is_head(node: cst.CSTNode) -> bool:
+    """Whether a statement may stand among the imports of a file."""
+    return _is_import(node) or _is_docstring(node) or isinstance(node, (cst.Try, cst.If))
 
 
 def _is_docstring(node: cst.CSTNode) -> bool:

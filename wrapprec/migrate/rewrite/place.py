@@ -50,7 +50,7 @@ def models_of(optimizer: Symbol, names: Names) -> tuple[list[Symbol], list[Reaso
     for value in values:
         first = [arg.value for arg in value.args[:1]] or [value]
         own = [value.func] if isinstance(value.func, cst.Attribute) else []
-        here = _models_in([*own, *first], names, 3) or _models_in([value], names, 3)
+        here = _models_in([*own, *first, *_added(optimizer, names)], names, 3) or _models_in([value], names, 3)
         found += [one for one in here if one not in found]
     node = values[0] if values else names.uses[optimizer][0]
     kept = [one for one in found if not _is_self(one, names)]
@@ -59,6 +59,13 @@ def models_of(optimizer: Symbol, names: Names) -> tuple[list[Symbol], list[Reaso
     if not found:
         return [], [Reason(node, f"the model of the optimizer `{optimizer[1]}` is not known in this file")]
     return found, []
+
+
+def _added(optimizer: Symbol, names: Names) -> list[cst.CSTNode]:
+    """What an optimizer gets later, by `add_param_group`."""
+    ups = [names.parent(use) for one in names.family(optimizer) for use in names.uses[one]]
+    found = [names.parent(up) for up in ups if isinstance(up, cst.Attribute) and up.attr.value == "add_param_group"]
+    return [call for call in found if call is not None]
 
 
 def _is_self(symbol: Symbol, names: Names) -> bool:
@@ -75,7 +82,7 @@ def _models_in(parts: Sequence[cst.CSTNode], names: Names, depth: int) -> list[S
         if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
             method = node.func.attr.value
             base = names.base(node.func.value)
-            if base is not None and ("param" in method or "optim" in method):
+            if base is not None and any(word in method for word in ("param", "optim", "modules")):
                 here = sorted(names.roots(base), key=lambda symbol: symbol[1])
         elif isinstance(node, (cst.Name, cst.Attribute)):
             symbol = names.symbol(node)
@@ -246,6 +253,9 @@ def _written(symbol: Symbol, node: cst.CSTNode, place: Place, names: Names, dept
     if isinstance(where, cst.ClassDef):
         inside = place.function is not None and names.class_of(place.function) is where
         here = [one for one in made if names.function(one) is place.function]
+        plain = names.symbol(names.values[symbol][0][1]) if len(made) == 1 else None
+        if inside and here and plain in names.params and home(plain) is place.function:
+            return plain[1]  # self.amp = amp: the same flag, however it is asked for
         if inside and here and all(names.line(one) <= line for one in here) and len(here) == len(made):
             return f"{names.parameters(place.function)[0].name.value}.{symbol[1]}"  # type: ignore[arg-type]
         if inside and not made:  # an attribute of the class, or of a class above
@@ -255,14 +265,20 @@ def _written(symbol: Symbol, node: cst.CSTNode, place: Place, names: Names, dept
         if not same_level or all(names.line(one) <= line for one in made):
             return symbol[1]
     if symbol in names.params and not made and depth:
-        values = {_carry(site, place, names, depth - 1) for site in names.sites.get(symbol, [])}
+        sites = names.sites.get(symbol, [])
+        values = {None if _calls(site) else _carry(site, place, names, depth - 1) for site in sites}
         one = values.pop() if len(values) == 1 else None
         return one if one is None or one.replace(".", "").replace("_", "").isalnum() else f"({one})"
     if len(made) == 1 and depth:  # an alias: self.use_amp = args.amp
         value = names.values[symbol][0][1]
-        return _carry(value, place, names, depth - 1)
+        return None if _calls(value) else _carry(value, place, names, depth - 1)
     (root, *more) = names.roots(symbol)
     return None if more else spelled(root, place.function, line, names)
+
+
+def _calls(node: cst.CSTNode) -> bool:
+    """Whether an expression does something: it is not to be done twice."""
+    return any(isinstance(one, cst.Call) for one in each(node))
 
 
 def _replaced(node: Expression, edits: dict[cst.CSTNode, str]) -> str:
