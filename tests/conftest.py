@@ -32,6 +32,10 @@ settings.load_profile("ci")
 torch.set_num_threads(1)
 
 
+# Scripts for the rewriter, which train where they are imported.
+collect_ignore = ["legacy"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",

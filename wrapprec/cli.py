@@ -11,6 +11,7 @@ from wrapprec import __version__
 
 COMMANDS = {
     "run": ("wrapprec.migrate.run", "run a script unchanged in mixed precision"),
+    "migrate": ("wrapprec.migrate.command", "rewrite scripts from torch.amp, Apex amp or plain float32"),
 }
 """By name: the module whose `main(arguments)` carries a command out, imported when it is asked for; and its help."""
 

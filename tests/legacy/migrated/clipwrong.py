@@ -1,0 +1,20 @@
+"""Wrong: gradients are clipped before they are unscaled. A common mistake, which goes by itself."""
+
+import os
+
+import torch
+from torch import nn
+import wrapprec
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+wrapprec.wrap(model, optimizer, "16-mixed")
+for _ in range(int(os.environ.get("STEPS", 8))):
+    x = torch.randn(16, 8)
+    optimizer.zero_grad()
+    loss = nn.functional.mse_loss(model(x), x.sum(1, keepdim=True))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    print(f"loss {loss.item():.6f}")

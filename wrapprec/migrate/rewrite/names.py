@@ -1,0 +1,243 @@
+"""What the names of a file stand for: variables, attributes of `self`, and the parameters that they are passed to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from wrapprec.migrate.rewrite.syntax import cst, each, meta, text
+
+Function: TypeAlias = "cst.FunctionDef | None"
+"""A function; None: the file's own level."""
+Symbol: TypeAlias = "tuple[object, str]"
+"""A name and where it lives: a scope of libcst, or the class whose `self` has the attribute."""
+Expression: TypeAlias = "cst.BaseExpression"
+
+
+class Names:
+    """Finds out what names stand for, in one file.
+
+    Args:
+        module: the parsed file.
+    """
+
+    def __init__(self, module: cst.Module) -> None:
+        wrapper = meta.MetadataWrapper(module)
+        self.module = wrapper.module
+        self._parents = wrapper.resolve(meta.ParentNodeProvider)
+        self._scopes = wrapper.resolve(meta.ScopeProvider)
+        self._positions = wrapper.resolve(meta.PositionProvider)
+        self._qualified = wrapper.resolve(meta.QualifiedNameProvider)
+        self.nodes = list(each(self.module))
+        self.uses: dict[Symbol, list[Expression]] = defaultdict(list)
+        self.values: dict[Symbol, list[tuple[cst.CSTNode, Expression]]] = defaultdict(list)
+        self.functions: dict[Symbol, cst.FunctionDef] = {}
+        self.classes: dict[Symbol, cst.ClassDef] = {}
+        self.params: dict[Symbol, cst.FunctionDef] = {}
+        self.sites: dict[Symbol, list[Expression]] = defaultdict(list)
+        self.calls: dict[cst.FunctionDef, list[cst.Call]] = defaultdict(list)
+        self.moving: set[Symbol] = set()
+        """What loops, `with ... as` and `+=` set, and `except ... as`: of no one value."""
+        self._roots: dict[Symbol, frozenset[Symbol]] = {}
+        self._collect()
+
+    def _collect(self) -> None:
+        for node in self.nodes:
+            if isinstance(node, (cst.Name, cst.Attribute)):
+                symbol = self.symbol(node)
+                if symbol is not None:
+                    self.uses[symbol].append(node)
+            if isinstance(node, cst.FunctionDef):
+                owner = self.class_of(node)
+                scope = self._scopes.get(node)
+                self.functions[(owner or scope, node.name.value)] = node
+                for param in self.parameters(node):
+                    symbol = self.symbol(param.name)
+                    if symbol is not None:
+                        self.params[symbol] = node
+            if isinstance(node, cst.ClassDef):
+                self.classes[(self._scopes.get(node), node.name.value)] = node
+            for moved in _moved(node):
+                symbol = self.symbol(moved)
+                if symbol is not None:
+                    self.moving.add(symbol)
+            for target, value in assigned(node):
+                symbol = self.symbol(target)
+                if symbol is not None:
+                    self.values[symbol].append((node, value))
+        for node in self.nodes:
+            called = self.called(node) if isinstance(node, cst.Call) else None
+            if isinstance(node, cst.Call) and called is not None:
+                self.calls[called].append(node)
+                for name, argument in self.bind(node, called).items():
+                    symbol = self.symbol(self.parameter(called, name))
+                    if symbol is not None:
+                        self.sites[symbol].append(argument.value)
+
+    # Where a node stands
+
+    def line(self, node: cst.CSTNode) -> int:
+        """The number of the line where a node begins."""
+        return int(self._positions[node].start.line)
+
+    def parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
+        """The node above."""
+        return self._parents.get(node)
+
+    def above(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+        """The nodes above, from the next one on."""
+        parent = self._parents.get(node)
+        while parent is not None:
+            yield parent
+            parent = self._parents.get(parent)
+
+    def function(self, node: cst.CSTNode) -> Function:
+        """The function that a node is in; lambdas belong to what is around them. A decorator is its function's."""
+        return next((up for up in self.above(node) if isinstance(up, cst.FunctionDef)), None)
+
+    def class_of(self, function: Function) -> cst.ClassDef | None:
+        """The class whose method a function is."""
+        if function is None:
+            return None
+        up = next((up for up in self.above(function) if isinstance(up, (cst.FunctionDef, cst.ClassDef))), None)
+        return up if isinstance(up, cst.ClassDef) else None
+
+    def qualified(self, node: cst.CSTNode) -> set[str]:
+        """What an expression is called where it comes from: `{"torch.amp.autocast"}`."""
+        found: Any = self._qualified.get(node, ())
+        names = found() if callable(found) else found  # libcst computes these when they are asked for
+        return {one.name for one in names if one.source is not meta.QualifiedNameSource.BUILTIN}
+
+    # Names
+
+    def symbol(self, node: cst.CSTNode | None) -> Symbol | None:
+        """What a name, or an attribute of `self`, stands for; None for anything else."""
+        if isinstance(node, cst.Name):
+            scope = self._scopes.get(node)
+            if scope is None:
+                return None
+            homes = {one.scope for one in scope[node.value]}
+            return (homes.pop(), node.value) if len(homes) == 1 else None
+        if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name):
+            owner = self._self_class(node.value)
+            return None if owner is None else (owner, node.attr.value)
+        return None
+
+    def _self_class(self, name: cst.Name) -> cst.ClassDef | None:
+        function: Function = self.function(name)
+        while function is not None:
+            owner = self.class_of(function)
+            if owner is not None:
+                first = next(iter(self.parameters(function)), None)
+                return owner if first is not None and first.name.value == name.value else None
+            function = self.function(function)
+        return None
+
+    def base(self, node: cst.CSTNode) -> Symbol | None:
+        """The symbol that an expression is a part of: `model.head` and `model.module` are parts of `model`."""
+        while True:
+            symbol = self.symbol(node)
+            if symbol is not None or not isinstance(node, (cst.Attribute, cst.Subscript)):
+                return symbol
+            node = node.value
+
+    def parameters(self, function: cst.FunctionDef) -> list[cst.Param]:
+        """The parameters of a function by position or name, without stars."""
+        params = function.params
+        return [*params.posonly_params, *params.params, *params.kwonly_params]
+
+    def parameter(self, function: cst.FunctionDef, name: str) -> cst.Name:
+        """The name node of a parameter."""
+        return next(param.name for param in self.parameters(function) if param.name.value == name)
+
+    # Calls
+
+    def called(self, call: cst.Call) -> cst.FunctionDef | None:
+        """The function of this file that a call runs; a class's `__init__`."""
+        symbol = self.symbol(call.func)
+        if symbol is None:
+            return None
+        if symbol in self.classes:
+            return self.functions.get((self.classes[symbol], "__init__"))
+        return self.functions.get(symbol)
+
+    def bind(self, call: cst.Call, function: cst.FunctionDef) -> dict[str, cst.Arg]:
+        """The arguments of a call by the parameter they go to; those behind a star are left out."""
+        by_position = [*function.params.posonly_params, *function.params.params]
+        if self.class_of(function) is not None and not any(_is_static(one) for one in function.decorators):
+            by_position = by_position[1:]
+        known = {param.name.value for param in self.parameters(function)}
+        bound: dict[str, cst.Arg] = {}
+        starred = False
+        for number, argument in enumerate(call.args):
+            starred = starred or argument.star == "*"
+            if argument.keyword is not None:
+                if argument.keyword.value in known:
+                    bound[argument.keyword.value] = argument
+            elif not starred and not argument.star and number < len(by_position):
+                bound[by_position[number].name.value] = argument
+        return bound
+
+    # The same thing under several names
+
+    def roots(self, symbol: Symbol) -> frozenset[Symbol]:
+        """Where the value of a symbol was made: through parameters, plain aliases and `.module`."""
+        if symbol not in self._roots:
+            self._roots[symbol] = frozenset([symbol])  # what a cycle sees
+            found: set[Symbol] = set()
+            sources = self.sites.get(symbol, []) if symbol in self.params else []
+            values = [value for _, value in self.values.get(symbol, [])]
+            if symbol in self.params and not values:
+                given = [source for source in sources if text(source) != "None"]
+                found = {root for source in given for root in self._sources(source)}
+                if not given or any(not self._sources(source) for source in given):
+                    found = set()
+            elif len(values) == 1 and symbol not in self.params:
+                found = set(self._sources(values[0]))
+            self._roots[symbol] = frozenset(found) or frozenset([symbol])
+        return self._roots[symbol]
+
+    def _sources(self, value: Expression) -> frozenset[Symbol]:
+        if isinstance(value, cst.IfExp):
+            one, other = self._sources(value.body), self._sources(value.orelse)
+            return one if one == other else frozenset()
+        if isinstance(value, cst.Attribute) and value.attr.value == "module":
+            value = value.value
+        symbol = self.symbol(value)
+        return frozenset() if symbol is None else self.roots(symbol)
+
+    def family(self, root: Symbol) -> list[Symbol]:
+        """Every symbol whose value was made as this root."""
+        return [symbol for symbol in self.uses if root in self.roots(symbol)]
+
+
+def assigned(node: cst.CSTNode) -> list[tuple[Expression, Expression]]:
+    """The targets of a statement and what each gets; tuples on both sides are taken apart."""
+    if isinstance(node, (cst.AnnAssign, cst.NamedExpr)) and node.value is not None:
+        return [(node.target, node.value)] if isinstance(node.target, (cst.Name, cst.Attribute)) else []
+    pairs: list[tuple[Expression, Expression]] = []
+    if isinstance(node, cst.Assign):
+        for target in node.targets:
+            one, value = target.target, node.value
+            if isinstance(one, (cst.Tuple, cst.List)):
+                parts = [element.value for element in one.elements]
+                both = isinstance(value, (cst.Tuple, cst.List)) and len(value.elements) == len(parts)
+                values = [e.value for e in value.elements] if both else [value] * len(parts)  # type: ignore[attr-defined]
+                pairs += zip(parts, values, strict=True)
+            else:
+                pairs.append((one, value))
+    return pairs
+
+
+def _moved(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """The names that a statement sets to something that is not written beside them."""
+    if isinstance(node, (cst.For, cst.CompFor, cst.AugAssign)):
+        return list(each(node.target))
+    if isinstance(node, cst.AsName):
+        return list(each(node.name))
+    return []
+
+
+def _is_static(decorator: cst.Decorator) -> bool:
+    return text(decorator.decorator) == "staticmethod"

@@ -1,0 +1,113 @@
+"""One source text in, one out: read what it says, plan, edit, and say what was left and why."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wrapprec.errors import WrapprecError, message
+from wrapprec.migrate.rewrite.amp import plan_amp
+from wrapprec.migrate.rewrite.apex import plan_apex
+from wrapprec.migrate.rewrite.apply import apply, finish
+from wrapprec.migrate.rewrite.edits import Plan
+from wrapprec.migrate.rewrite.facts import Reason
+from wrapprec.migrate.rewrite.halves import plan_halves
+from wrapprec.migrate.rewrite.imports import add_import, drop_imports, package_name, uses_wrapprec
+from wrapprec.migrate.rewrite.names import Names
+from wrapprec.migrate.rewrite.plain import plan_plain
+from wrapprec.migrate.rewrite.syntax import cst
+
+
+@dataclass(frozen=True, order=True)
+class Remark:
+    """A line of the source, and what to know of it.
+
+    Args:
+        line: from 1, in the source as it was.
+        words: a reason, or a note.
+    """
+
+    line: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a source.
+
+    Args:
+        module: the new tree; the old one where nothing changed.
+        changed: whether anything did.
+        left: what is left as it is, and why.
+        notes: what to know of the edits.
+    """
+
+    module: cst.Module
+    changed: bool
+    left: tuple[Remark, ...]
+    notes: tuple[Remark, ...]
+
+
+def rewrite(module: cst.Module, policy: str = "auto") -> Result:
+    """Rewrite a parsed file.
+
+    Args:
+        module: the file.
+        policy: for loops that had no mixed precision.
+
+    Returns:
+        The new tree, and what there is to say.
+
+    >>> result = rewrite(cst.parse_module("import torch\\nwith torch.autocast('cuda'):\\n    y = f(x)\\n"))
+    >>> result.changed, [remark.line for remark in result.left]
+    (False, [2])
+    """
+    names = Names(module)
+    package, imported = package_name(module)
+    known = uses_wrapprec(module)
+    plans = [*plan_amp(names, package), *plan_apex(names, package), *plan_halves(names, package)]
+    if known:
+        plans = [_already(plan) for plan in plans]
+    elif not plans:
+        plans += plan_plain(names, package, policy)
+    while True:
+        ready = [plan for plan in plans if not plan.reasons and (plan.edits or plan.behind)]
+        changed, failures = apply(names.module, ready)
+        for plan, reason in failures:
+            plan.reasons.append(reason)
+        if not failures:
+            break
+    left = _remarks([reason for plan in plans for reason in plan.reasons], names)
+    if not ready:
+        return Result(module, False, left, ())
+    if not imported and any(plan.wraps for plan in ready):
+        changed = add_import(changed)
+    new = finish(drop_imports(names.module, changed))
+    _check(new)
+    return Result(new, True, left, _remarks([note for plan in ready for note in plan.notes], names))
+
+
+def _already(plan: Plan) -> Plan:
+    if not plan.reasons:
+        nodes = [*plan.edits, *plan.behind]
+        plan.reasons = [Reason(node, "this file uses wrapprec already: finish by hand") for node in nodes[:1]]
+    return plan
+
+
+def _remarks(reasons: Sequence[Reason], names: Names) -> tuple[Remark, ...]:
+    return tuple(sorted({Remark(names.line(one.node), one.words) for one in reasons}))
+
+
+def _check(module: cst.Module) -> None:
+    """Never hand out what Python cannot read."""
+    try:
+        ast.parse(module.bytes)
+    except SyntaxError as error:
+        raise WrapprecError(
+            message(
+                "a rewritten file that Python can read",
+                f"{error}",
+                remedy="this is a defect of the rewriter: please report the file; it was not changed",
+            )
+        ) from error
