@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import elsewhere
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,6 +27,14 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# pytest --hypothesis-profile=few: where every new program is compiled.
+settings.register_profile(
+    "few",
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("ci")
 
 # The models are tiny: handing them to more threads takes longer than computing, above all where cores are shared.
@@ -35,7 +44,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
-        help="make tensors there unless a test says where; -m any_device picks the tests that are written for that",
+        help="make tensors there unless a test says where; on `xla`, without what elsewhere.py has a reason against",
     )
 
 
@@ -43,15 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compute on the device that the command line names."""
     device = config.getoption("--device")
     if device == "xla":
-        import torch_xla
-
-        torch.set_default_device(torch_xla.device())
+        elsewhere.start_xla()
     elif device:
         torch.set_default_device(device)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a device that is not there."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a device that is not there, or what is not for the one that is tested."""
+    if config.getoption("--device") == "xla":
+        elsewhere.skip_on_xla(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wrapprec.backends import ABSENT
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8, advise
+from wrapprec.backends.recording import Recording
 from wrapprec.backends.recurrent import probe_rnn, rnn_kind
 from wrapprec.errors import PolicyError, message
 from wrapprec.precision import Precision
@@ -30,6 +31,7 @@ class Capability:
         notes: what else a reader of the plan should know.
         mixed_norms: `(class name, dtype name)` of the normalisations whose kernel takes activations of that dtype
             with float32 parameters.
+        float8: whether it multiplies in float8 as such.
     """
 
     device_type: str
@@ -38,6 +40,7 @@ class Capability:
     scaling: bool
     notes: tuple[str, ...]
     mixed_norms: frozenset[tuple[str, str]]
+    float8: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def norm_kind(module: nn.Module) -> str | None:
     return None
 
 
-class Backend(ABC):
+class Backend(Recording, ABC):
     """A device type.
 
     Attributes:

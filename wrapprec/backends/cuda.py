@@ -9,6 +9,7 @@ from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8
 from wrapprec.errors import PolicyError, message
+from wrapprec.precision import Precision
 
 
 def _multiplies_float8(device: torch.device) -> bool:
@@ -46,18 +47,49 @@ class CudaBackend(Backend):
         Returns:
             False also where CUDA is not available.
         """
-        if not torch.cuda.is_available():
+        # As in torch.cuda.is_bf16_supported(including_emulation=False), but for a device that need not be the current.
+        return self._is_at_least(device, 8, 0) or (torch.cuda.is_available() and torch.version.hip is not None)
+
+    def has_float8(self, device: torch.device) -> bool:
+        """Say whether a device multiplies in float8 natively: `torch._scaled_mm` asks for the same.
+
+        Args:
+            device: a CUDA device.
+
+        Returns:
+            True from compute capability 8.9 on (Ada, Hopper), and on AMD's gfx94, gfx95 and gfx120.
+        """
+        if torch.cuda.is_available() and torch.version.hip is not None:
+            return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95", "gfx120"))
+        return self._is_at_least(device, 8, 9)
+
+    def _is_at_least(self, device: torch.device, major: int, minor: int) -> bool:
+        """Whether it is a device of NVIDIA's of that compute capability, or a later one."""
+        if not torch.cuda.is_available() or torch.version.hip is not None:
             return False
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (major, minor)
 
     def capability(self, device: torch.device) -> Capability:
         """See `Backend.capability`."""
         bfloat16 = self.has_bfloat16(device)
         fast = {torch.float32, torch.float16} | ({torch.bfloat16} if bfloat16 else set())
-        notes = ("bfloat16 is native" if bfloat16 else "bfloat16 is not native",)
+        float8 = self.has_float8(device)
+        notes = (
+            "bfloat16 is native" if bfloat16 else "bfloat16 is not native",
+            "float8 is native" if float8 else "float8 is not native",
+        )
         low = frozenset({torch.bfloat16, torch.float16})
-        return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device))
+        return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device), float8)
+
+    def advise(self, precision: Precision, device: torch.device) -> str | None:
+        """See `Backend.advise`."""
+        if not torch.cuda.is_available():
+            return None
+        if precision.compute_dtype == "fp8" and not self.has_float8(device):
+            return "this GPU has no float8 products (compute capability 8.9 has); bf16-mixed is the better choice"
+        if precision.activation_dtype == torch.bfloat16 and not self.has_bfloat16(device):
+            return "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
+        return None
 
     def auto(self, device: torch.device) -> tuple[str, str]:
         """See `Backend.auto`.
