@@ -68,6 +68,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip what XLA cannot."""
+    try:
+        yield
+    except Exception as error:
+        reason = elsewhere.refused_by_xla(error) if item.config.getoption("--device") == "xla" else None
+        if reason is None:
+            raise
+        pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_global_left() -> Iterator[None]:
     """Start from one seed, and fail the test that leaves a global setting behind, not the one after it."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from wrapprec.backends import base, cpu
+from wrapprec import install, wrap
+from wrapprec.backends import base, cpu, select
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
@@ -105,6 +107,93 @@ def test_float16_on_a_cpu_without_it_is_advised_against(monkeypatch: pytest.Monk
     )
     assert backend.advise(Policy.parse("bf16-mixed").precision, CPU) is None
     assert with_flags(monkeypatch, "avx512_fp16").advise(Policy.parse("16-mixed").precision, CPU) is None
+
+
+@pytest.mark.parametrize(("policy", "dtype"), [("16-module", "float16"), ("bf16-mixed", "bfloat16")])
+def test_cpu_without_either_is_told_that_both_are_emulated(
+    monkeypatch: pytest.MonkeyPatch, policy: str, dtype: str
+) -> None:
+    backend = with_flags(monkeypatch, "avx2", "avx512f")
+    advice = (
+        f"{dtype} on a CPU without {dtype} instructions is emulated, and slower than float32;"
+        " 32-true is the better choice"
+    )
+    assert backend.advise(Policy.parse(policy).precision, CPU) == advice
+    assert backend.advise(Policy.parse("32-true").precision, CPU) is None
+    monkeypatch.setattr(select, "_instance", lambda kind: backend)
+    with pytest.warns(UserWarning, match=f"^{dtype} on a CPU without {dtype} instructions is emulated"):
+        install._said.clear()
+        handle = wrap(nn.Linear(2, 2), None, policy)
+    assert handle.plan.notes == (advice,) and advice in str(handle.plan)
+
+
+class Gpu(CudaBackend):
+    """A CUDA backend without a GPU to try norms on."""
+
+    def mixed_norms(self, device: torch.device) -> frozenset[tuple[str, str]]:
+        return frozenset()
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> CudaBackend:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    return Gpu()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "float8"),
+    [
+        ((7, 0), False, False),
+        ((7, 5), False, False),
+        ((8, 0), True, False),
+        ((8, 6), True, False),
+        ((8, 9), True, True),
+        ((9, 0), True, True),
+        ((12, 0), True, True),
+    ],
+)
+def test_gpus_are_told_apart_by_their_own_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], bfloat16: bool, float8: bool
+) -> None:
+    other = (7, 0) if bfloat16 else (9, 0)
+    backend, device = with_gpus(monkeypatch, other, capability), torch.device("cuda:1")
+    found = backend.capability(device)
+    assert (BF16 in found.fast_dtypes, found.float8) == (bfloat16, float8)
+    assert torch.float16 in found.fast_dtypes
+    assert found.notes == (
+        "bfloat16 is native" if bfloat16 else "bfloat16 is not native",
+        "float8 is native" if float8 else "float8 is not native",
+    )
+    assert backend.auto(device)[0] == ("bf16-mixed" if bfloat16 else "16-mixed")
+    assert (backend.advise(Policy.parse("bf16-module").precision, device) is None) == bfloat16
+    assert (backend.advise(Policy.parse("fp8-mixed").precision, device) is None) == float8
+    assert backend.advise(Policy.parse("16-mixed").precision, device) is None
+
+
+def test_advice_on_older_gpus_names_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = with_gpus(monkeypatch, (7, 5)), torch.device("cuda:0")
+    assert backend.advise(Policy.parse("bf16-mixed").precision, device) == (
+        "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
+    )
+    assert backend.advise(Policy.parse("fp8-mixed").precision, device) == (
+        "this GPU has no float8 products (compute capability 8.9 has); 16-mixed is the better choice"
+    )
+    backend = with_gpus(monkeypatch, (8, 0))
+    assert backend.advise(Policy.parse("fp8-mixed").precision, device) == (
+        "this GPU has no float8 products (compute capability 8.9 has); bf16-mixed is the better choice"
+    )
+
+
+@pytest.mark.parametrize(("arch", "float8"), [("gfx90a:sramecc+:xnack-", False), ("gfx942", True), ("gfx950", True)])
+def test_amd_gpus_are_told_apart_by_their_architecture(
+    monkeypatch: pytest.MonkeyPatch, arch: str, float8: bool
+) -> None:
+    backend = with_gpus(monkeypatch, (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    found = backend.capability(torch.device("cuda:0"))
+    assert BF16 in found.fast_dtypes and found.float8 is float8
 
 
 def test_flags_agree_with_torchs_own_probe() -> None:

@@ -158,7 +158,7 @@ def test_forward_under_a_loss_scale_is_refused_in_a_graph_with_the_remedy(policy
         "Expected a policy without a loss scale, or none of its forwards with gradients in a graph that is replayed.\n"
         "Received: a forward under a loss scale: replays would keep the scale of this step, and their overflows go"
         " unseen, while cpu records a graph (torch.cpu.graph, make_graphed_callables)\n"
-        "Where: \"\" (the model itself, Sequential)\n"
+        'Where: "" (the model itself, Sequential)\n'
         "Remedy: use a bf16 policy, of which forward, backward and step can be recorded"
     )
     with torch.cuda.graph(Graph()), torch.no_grad():
@@ -208,7 +208,7 @@ def test_wrapping_a_graphed_model_is_refused_by_name_and_changes_nothing() -> No
     assert str(caught.value) == (
         "Expected a model of which no forward replays a graph.\n"
         "Received: a module that torch.cuda.make_graphed_callables was called on, whose graph keeps its precision\n"
-        "Where: \"1\" (Linear)\n"
+        'Where: "1" (Linear)\n'
         "Remedy: wrap first, then make graphs, and change no modules after that"
     )
     assert [dict(vars(module)) for module in model.modules()] == before

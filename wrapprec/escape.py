@@ -86,7 +86,7 @@ def map_outputs(fn: Callable[[Tensor], Tensor], out: Any) -> Any:
             if whole.stride() == base.stride():
                 # A write into the one must show in the other, as it does in plain torch. XLA's tensors do not know
                 # their strides: there, only the operations that made the view tell what it shows.
-                view: Tensor = tensor._view_func_unsafe(whole)  # type: ignore[attr-defined]  # in C
+                view: Tensor = tensor._view_func_unsafe(whole)
                 return view
         if id(tensor) not in made:
             made[id(tensor)] = fn(tensor)

@@ -86,7 +86,8 @@ class CudaBackend(Backend):
         if not torch.cuda.is_available():
             return None
         if precision.compute_dtype == "fp8" and not self.has_float8(device):
-            return "this GPU has no float8 products (compute capability 8.9 has); bf16-mixed is the better choice"
+            better = "bf16-mixed" if self.has_bfloat16(device) else "16-mixed"
+            return f"this GPU has no float8 products (compute capability 8.9 has); {better} is the better choice"
         if precision.activation_dtype == torch.bfloat16 and not self.has_bfloat16(device):
             return "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
         return None

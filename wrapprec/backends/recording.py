@@ -44,7 +44,9 @@ class Recording:
             CaptureError: a graph is being recorded.
         """
         if self.is_recording():
-            received = f"{received}, while {self.name} records a graph (torch.{self.name}.graph, make_graphed_callables)"
+            received = (
+                f"{received}, while {self.name} records a graph (torch.{self.name}.graph, make_graphed_callables)"
+            )
             raise CaptureError(message(expected, received, where=where, remedy=remedy))
 
 
