@@ -33,6 +33,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> CpuBackend:
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "onednn_computes_in", lambda kind: True)
     return CpuBackend()
 
 
@@ -107,6 +108,24 @@ def test_float16_on_a_cpu_without_it_is_advised_against(monkeypatch: pytest.Monk
     )
     assert backend.advise(Policy.parse("bf16-mixed").precision, CPU) is None
     assert with_flags(monkeypatch, "avx512_fp16").advise(Policy.parse("16-mixed").precision, CPU) is None
+
+
+def test_instructions_that_onednn_does_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_bf16", "avx512_bf16", "amx_fp16"}))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for kind in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: True)
+    backend = CpuBackend()
+    assert backend.auto(CPU)[0] == "bf16-mixed" and backend.float16_by() == "AMX-FP16"
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert backend.auto(CPU) == (
+            "32-true",
+            "oneDNN uses no bfloat16 instructions, so that low precision would be slower",
+        )
+        assert backend.capability(CPU).fast_dtypes == {torch.float32, torch.float64}
+        assert "32-true is the better choice" in str(backend.advise(Policy.parse("bf16-mixed").precision, CPU))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # ONEDNN_MAX_CPU_ISA=AVX2
+    assert backend.auto(CPU)[0] == "32-true"
 
 
 @pytest.mark.parametrize(("policy", "dtype"), [("16-module", "float16"), ("bf16-mixed", "bfloat16")])
