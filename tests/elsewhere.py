@@ -13,7 +13,7 @@ import pytest
 import torch
 
 FILES = {
-    "no loss scale on XLA, which these are about": "audit diagnose overflow schedulers step verdict",
+    "no loss scale on XLA, which these are about": "audit diagnose leaks overflow schedulers step verdict",
     "chooses the device itself, and is about that": "backends cuda fast recording xla",
     "processes of their own, which compute on the CPU": "ddp examples docs import",
     "nn.DataParallel is for CUDA; here it is simulated by threads on the CPU": "replicas threads",
@@ -26,7 +26,31 @@ FILES = {
 }
 """Reasons, and the files, without `test_` and `.py`."""
 
-TESTS: dict[str, str] = {}
+TESTS = {
+    "asks for a loss scale by number, and reads it": "gradients::test_one_backward_through_two_forwards_under_two_scales"
+    "_is_true",
+    "tells the CPU's own autocast": "island::test_islands_nest_end_with_an_exception_and_leave_autocast_as_it_was"
+    " region::test_autocast_outside_is_as_before_and_the_plan_wins_over_the_users"
+    " region::test_autocast_of_the_user_inside_forward_is_honoured",
+    "XLA's tensors have no addresses": "scope::test_weights_are_lent_only_where_they_must_be",
+    "waits for an error that XLA does not raise: it takes operands of two dtypes, and any index": "frozen::test_an"
+    "_exception_inside_ends_it calls::test_users_plain_function_is_true_or_refused_as_under_autocast"
+    " mismatch::test_dtype_error_names_module_placement_and_rule_and_keeps_its_cause"
+    " mismatch::test_rule_that_decided_is_named mismatch::test_nothing_is_explained_in_a_float32_model"
+    " operands::test_torch_itself_refuses_the_mask_under_autocast operands::test_error_leaves_no_mode_behind"
+    " operands::test_what_is_not_foreseen_is_an_error_that_names_the_module_and_the_rule_that_helps"
+    " weights::test_weight_of_a_child_that_a_rule_keeps_in_float32_works_or_is_refused",
+    "counts what runs under a function mode; the default device is one": "modes::test_flops_are_counted_as_on_the_plain"
+    "_model operands::test_only_the_code_of_the_module_itself_runs_under_the_mode"
+    " operands::test_mode_of_the_user_stays_on_for_the_modules_that_it_is_around",
+    "the XLA compiler for CPUs rounds more often than the tolerance allows; test_xla.py has its own": "gradients::test"
+    "_encoder_shared_by_two_models_is_true",
+    "needs the numbers that the CPU draws": "weights::test_embedding_renormalises_its_weight_in_float32",
+    "compares with the plan for a CPU": "plan::test_torch_norm_keeps_activations_and_begins_no_region"
+    " plan::test_without_low_precision_the_defaults_do_not_apply plan::test_roots_are_where_the_precision_changes"
+    " plan::test_auto_says_why plan::test_model_partly_on_meta_takes_the_device_of_the_rest"
+    " plan::test_table_shows_every_module_and_what_decided",
+}
 """Reasons, and the functions (`file::function`)."""
 
 REFUSED = {
@@ -37,6 +61,9 @@ REFUSED = {
     "for outputs with complex dtype": "torch_xla has no gradients of complex numbers",
     "an autograd kernel was not registered": "torch_xla has no gradient of this operation",
     "mixed precision is disallowed": "torch_xla does not promote operands of different dtypes here",
+    "The size of mean should be compatible": "torch_xla has no backward of a BatchNorm in eval mode",
+    "Error while lowering": "torch_xla has no program for this operation",
+    "Unrecognized tensor type ID: ZeroTensor": "torch_xla has no tangents that are zero",
     "INTERNAL ASSERT FAILED": "torch_xla fails by itself",
 }
 """What torch_xla says when it cannot, and what that means. Wrong numbers are never among it."""

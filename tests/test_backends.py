@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -352,3 +354,43 @@ def test_launcher_that_set_nothing_is_not_followed(monkeypatch: pytest.MonkeyPat
 def test_backend_is_abstract() -> None:
     with pytest.raises(TypeError):
         Backend()  # type: ignore[abstract]  # that is the point
+
+
+_RENAMED = """
+import torch
+from torch import nn
+from wrapprec import PolicyError, resolve
+from wrapprec.backends.select import backend_for
+
+torch.utils.rename_privateuse1_backend("npu")
+backend = backend_for("npu:1")
+assert backend.name == "npu" and backend is backend_for("npu") and not backend.is_recording()
+for policy, scaled in (("16-mixed", True), ("bf16-module", False)):
+    plan = resolve(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), policy, device="npu")
+    assert plan.device == "npu" and (plan.loss_scale is not None) == scaled
+assert backend.capability(torch.device("npu")).autocast_dtypes == frozenset()
+try:
+    resolve(nn.Linear(2, 2), "auto", device="npu")
+except PolicyError as error:
+    print(error)
+"""
+
+
+def test_renamed_privateuse_device_that_cannot_compute_is_planned_for_and_auto_is_refused() -> None:
+    # The name holds for the whole process.
+    done = subprocess.run([sys.executable, "-c", _RENAMED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "Expected a npu device that computes in bfloat16 or float16, for the policy 'auto'.\n"
+        "Received: npu, on which neither could be tried\n"
+        "Remedy: name the policy, e.g. 'bf16-mixed', or move the model to a device that is there\n"
+    )
+
+
+def test_generic_backend_asks_its_own_module_whether_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_initialized=lambda: True), raising=False)
+    assert not GenericBackend("npu").is_recording()
+    torch.npu.is_current_stream_capturing = lambda: True
+    assert GenericBackend("npu").is_recording()
+    torch.npu.is_initialized = lambda: False
+    assert not GenericBackend("npu").is_recording()
