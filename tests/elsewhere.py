@@ -27,8 +27,7 @@ FILES = {
 """Reasons, and the files, without `test_` and `.py`."""
 
 TESTS = {
-    "asks for a loss scale by number, and reads it": "gradients::test_one_backward_through_two_forwards_under_two_scales"
-    "_is_true",
+    "asks for a loss scale, and reads it": "gradients::test_one_backward_through_two_forwards_under_two_scales_is_true",
     "tells the CPU's own autocast": "island::test_islands_nest_end_with_an_exception_and_leave_autocast_as_it_was"
     " region::test_autocast_outside_is_as_before_and_the_plan_wins_over_the_users"
     " region::test_autocast_of_the_user_inside_forward_is_honoured",
