@@ -1,7 +1,8 @@
 """What of the core's tests runs on an XLA device (`pytest --device xla`), and the reason for everything that does not.
 
-Three tables say what is left out: whole files, single tests, and what torch_xla itself refuses, by its words. Besides,
-a test ends at the moment it wraps in float16. `test_xla.py` has what is XLA's own, compiled as a training loop is.
+One table says which files are the core's, three what is left out of it: whole files, single tests, and what torch_xla
+itself refuses, by its words. Besides, a test ends at the moment it wraps in float16. `test_xla.py` has what is XLA's
+own, compiled as a training loop is.
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ from typing import Any
 import pytest
 import torch
 
+CORE = (
+    "allowlist boundary bucket calls carried cast closure copies dtypes edited_weights errors fills frozen gradients"
+    " handle hooks install island layers lent mismatch modes operands optimizers plan policy region resume scale scope"
+    " transforms undo weights wrap"
+)
+"""The files that run there, without `test_` and `.py`."""
+
 FILES = {
     "no loss scale on XLA, which these are about": "audit diagnose leaks overflow schedulers step verdict",
     "chooses the device itself, and is about that": "backends cuda fast recording xla",
     "processes of their own, which compute on the CPU": "ddp examples docs import",
-    "nn.DataParallel is for CUDA; here it is simulated by threads on the CPU": "replicas threads",
+    "nn.DataParallel is for CUDA; here it is simulated by threads on the CPU": "replicas",
     "compiles or exports; what openxla compiles is in test_xla.py": "capture compile traced",
     "torch.utils.checkpoint knows no XLA; torch_xla's own is in test_xla.py": "checkpointing",
-    "torch_xla 2.9 ends the process in packed sequences; an LSTM is in test_xla.py": "recurrent",
+    "torch_xla 2.9 ends the process in its GRU, a scan, outside of compiled loops; an LSTM is in test_xla.py": "recurrent",
+    "torch_xla 2.9 ends the process where several threads compile": "threads",
     "looks at which of the CPU's attention kernels runs": "attention",
     "moves tensors between the host and the device": "offload",
     "needs hundreds of programs: too slow where each is compiled": "generate long_runs random_programs zoo",
 }
-"""Reasons, and the files, without `test_` and `.py`."""
+"""Reasons, and the files of the core; all others are tools, or about optional packages."""
 
 TESTS = {
     "asks for a loss scale, and reads it": "gradients::test_one_backward_through_two_forwards_under_two_scales_is_true",
@@ -103,6 +112,8 @@ def skip_on_xla(items: list[pytest.Item]) -> None:
     for item in items:
         name = f"{item.path.stem.removeprefix('test_')}::{getattr(item, 'originalname', item.name)}"
         reason = files.get(item.path.name) or tests.get(name)
+        if reason is None and name.partition("::")[0] not in CORE.split():
+            reason = "no part of the core: a tool, or about optional packages"
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 
