@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import elsewhere
 import pytest
@@ -55,6 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
         elsewhere.start_xla()
     elif device:
         torch.set_default_device(device)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Read no file that is not for the device: some need packages, or compute when they are imported."""
+    return True if config.getoption("--device") == "xla" and elsewhere.is_left_out(collection_path) else None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is left out."""
+    return elsewhere.left_out() if config.getoption("--device") == "xla" else []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
