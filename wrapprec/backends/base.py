@@ -29,9 +29,7 @@ class Capability:
         fast_dtypes: what runs at least as fast as float32 there.
         scaling: whether float16 needs, and gets, a loss scale there.
         notes: what else a reader of the plan should know.
-        mixed_norms: `(class name, dtype name)` of the normalisations whose kernel takes activations of that dtype
-            with float32 parameters.
-        float8: whether it multiplies in float8 as such.
+        mixed_norms: `(class name, dtype name)` of the norms that take activations of it with float32 parameters.
     """
 
     device_type: str
@@ -40,7 +38,6 @@ class Capability:
     scaling: bool
     notes: tuple[str, ...]
     mixed_norms: frozenset[tuple[str, str]]
-    float8: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,50 +47,29 @@ class CudaBackend(Backend):
         Returns:
             False also where CUDA is not available.
         """
-        # As in torch.cuda.is_bf16_supported(including_emulation=False), but for a device that need not be the current.
-        return self._is_at_least(device, 8, 0) or (torch.cuda.is_available() and torch.version.hip is not None)
-
-    def has_float8(self, device: torch.device) -> bool:
-        """Say whether a device multiplies in float8 natively: `torch._scaled_mm` asks for the same.
-
-        Args:
-            device: a CUDA device.
-
-        Returns:
-            True from compute capability 8.9 on (Ada, Hopper), and on AMD's gfx94, gfx95 and gfx120.
-        """
-        if torch.cuda.is_available() and torch.version.hip is not None:
-            return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95", "gfx120"))
-        return self._is_at_least(device, 8, 9)
-
-    def _is_at_least(self, device: torch.device, major: int, minor: int) -> bool:
-        """Whether it is a device of NVIDIA's of that compute capability, or a later one."""
-        if not torch.cuda.is_available() or torch.version.hip is not None:
+        if not torch.cuda.is_available():
             return False
-        return torch.cuda.get_device_capability(device) >= (major, minor)
+        # As in torch.cuda.is_bf16_supported(including_emulation=False), but for a device that need not be the current.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
     def capability(self, device: torch.device) -> Capability:
         """See `Backend.capability`."""
         bfloat16 = self.has_bfloat16(device)
         fast = {torch.float32, torch.float16} | ({torch.bfloat16} if bfloat16 else set())
-        float8 = self.has_float8(device)
+        float8 = self.float8.multiplies(device)
         notes = (
             "bfloat16 is native" if bfloat16 else "bfloat16 is not native",
             "float8 is native" if float8 else "float8 is not native",
         )
         low = frozenset({torch.bfloat16, torch.float16})
-        return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device), float8)
+        return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device))
 
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """See `Backend.advise`."""
-        if not torch.cuda.is_available():
-            return None
-        if precision.compute_dtype == "fp8" and not self.has_float8(device):
-            better = "bf16-mixed" if self.has_bfloat16(device) else "16-mixed"
-            return f"this GPU has no float8 products (compute capability 8.9 has); {better} is the better choice"
-        if precision.activation_dtype == torch.bfloat16 and not self.has_bfloat16(device):
+        low = precision.compute_dtype == torch.bfloat16
+        if low and torch.cuda.is_available() and not self.has_bfloat16(device):
             return "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
-        return None
+        return super().advise(precision, device)
 
     def auto(self, device: torch.device) -> tuple[str, str]:
         """See `Backend.auto`.
