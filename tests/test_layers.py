@@ -21,8 +21,8 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.base backends.cpu"
-    " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory placement fits plan"
-    " fsdp",
+    " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory"
+    " placement fits plan fsdp",
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
