@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import elsewhere
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,6 +28,14 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# pytest --hypothesis-profile=few: where every new program is compiled.
+settings.register_profile(
+    "few",
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("ci")
 
 # The models are tiny: handing them to more threads takes longer than computing, above all where cores are shared.
@@ -39,7 +49,7 @@ collect_ignore = ["legacy"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
-        help="make tensors there unless a test says where; -m any_device picks the tests that are written for that",
+        help="make tensors there unless a test says where; on `xla`, without what elsewhere.py has a reason against",
     )
 
 
@@ -47,20 +57,42 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compute on the device that the command line names."""
     device = config.getoption("--device")
     if device == "xla":
-        import torch_xla
-
-        torch.set_default_device(torch_xla.device())
+        elsewhere.start_xla()
     elif device:
         torch.set_default_device(device)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a device that is not there."""
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Read no file that is not for the device: some need packages, or compute when they are imported."""
+    return True if config.getoption("--device") == "xla" and elsewhere.is_left_out(collection_path) else None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is left out."""
+    return elsewhere.left_out() if config.getoption("--device") == "xla" else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a device that is not there, or what is not for the one that is tested."""
+    if config.getoption("--device") == "xla":
+        elsewhere.skip_on_xla(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip what XLA cannot."""
+    try:
+        yield
+    except Exception as error:
+        reason = elsewhere.refused_by_xla(error) if item.config.getoption("--device") == "xla" else None
+        if reason is None:
+            raise
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from wrapprec.backends import base, cpu
+from wrapprec import install, wrap
+from wrapprec.backends import base, cpu, select
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
@@ -31,6 +35,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> CpuBackend:
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "onednn_computes_in", lambda kind: True)
     return CpuBackend()
 
 
@@ -105,6 +110,107 @@ def test_float16_on_a_cpu_without_it_is_advised_against(monkeypatch: pytest.Monk
     )
     assert backend.advise(Policy.parse("bf16-mixed").precision, CPU) is None
     assert with_flags(monkeypatch, "avx512_fp16").advise(Policy.parse("16-mixed").precision, CPU) is None
+
+
+def test_instructions_that_onednn_does_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_bf16", "avx512_bf16", "amx_fp16"}))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for kind in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: True)
+    backend = CpuBackend()
+    assert backend.auto(CPU)[0] == "bf16-mixed" and backend.float16_by() == "AMX-FP16"
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert backend.auto(CPU) == (
+            "32-true",
+            "oneDNN uses no bfloat16 instructions, so that low precision would be slower",
+        )
+        assert backend.capability(CPU).fast_dtypes == {torch.float32, torch.float64}
+        assert "32-true is the better choice" in str(backend.advise(Policy.parse("bf16-mixed").precision, CPU))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # ONEDNN_MAX_CPU_ISA=AVX2
+    assert backend.auto(CPU)[0] == "32-true"
+
+
+@pytest.mark.parametrize(("policy", "dtype"), [("16-module", "float16"), ("bf16-mixed", "bfloat16")])
+def test_cpu_without_either_is_told_that_both_are_emulated(
+    monkeypatch: pytest.MonkeyPatch, policy: str, dtype: str
+) -> None:
+    backend = with_flags(monkeypatch, "avx2", "avx512f")
+    advice = (
+        f"{dtype} on a CPU without {dtype} instructions is emulated, and slower than float32;"
+        " 32-true is the better choice"
+    )
+    assert backend.advise(Policy.parse(policy).precision, CPU) == advice
+    assert backend.advise(Policy.parse("32-true").precision, CPU) is None
+    monkeypatch.setattr(select, "_instance", lambda kind: backend)
+    with pytest.warns(UserWarning, match=f"^{dtype} on a CPU without {dtype} instructions is emulated"):
+        install._said.clear()
+        handle = wrap(nn.Linear(2, 2), None, policy)
+    assert handle.plan.notes == (advice,) and advice in str(handle.plan)
+
+
+class Gpu(CudaBackend):
+    """A CUDA backend without a GPU to try norms on."""
+
+    def mixed_norms(self, device: torch.device) -> frozenset[tuple[str, str]]:
+        return frozenset()
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> CudaBackend:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    kinds = [SimpleNamespace(major=major, minor=minor) for major, minor in capabilities]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: kinds[device.index])
+    return Gpu()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "float8"),
+    [
+        ((7, 0), False, False),
+        ((7, 5), False, False),
+        ((8, 0), True, False),
+        ((8, 6), True, False),
+        ((8, 9), True, True),
+        ((9, 0), True, True),
+        ((12, 0), True, True),
+    ],
+)
+def test_gpus_are_told_apart_by_their_own_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], bfloat16: bool, float8: bool
+) -> None:
+    other = (7, 0) if bfloat16 else (9, 0)
+    backend, device = with_gpus(monkeypatch, other, capability), torch.device("cuda:1")
+    found = backend.capability(device)
+    assert (BF16 in found.fast_dtypes) == bfloat16
+    assert torch.float16 in found.fast_dtypes
+    assert found.notes == (
+        "bfloat16 is native" if bfloat16 else "bfloat16 is not native",
+        "float8 is native" if float8 else "float8 is not native",
+    )
+    assert backend.auto(device)[0] == ("bf16-mixed" if bfloat16 else "16-mixed")
+    assert (backend.advise(Policy.parse("bf16-module").precision, device) is None) == bfloat16
+    assert (backend.advise(Policy.parse("fp8-mixed").precision, device) is None) == float8
+    assert backend.advise(Policy.parse("16-mixed").precision, device) is None
+
+
+def test_advice_on_older_gpus_names_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = with_gpus(monkeypatch, (7, 5)), torch.device("cuda:0")
+    assert backend.advise(Policy.parse("bf16-mixed").precision, device) == (
+        "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
+    )
+
+
+@pytest.mark.parametrize(("arch", "float8"), [("gfx90a:sramecc+:xnack-", False), ("gfx942", True), ("gfx950", True)])
+def test_amd_gpus_are_told_apart_by_their_architecture(
+    monkeypatch: pytest.MonkeyPatch, arch: str, float8: bool
+) -> None:
+    backend = with_gpus(monkeypatch, (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    found = backend.capability(torch.device("cuda:0"))
+    assert BF16 in found.fast_dtypes
+    assert found.notes[1] == ("float8 is native" if float8 else "float8 is not native")
 
 
 def test_flags_agree_with_torchs_own_probe() -> None:
@@ -244,3 +350,43 @@ def test_launcher_that_set_nothing_is_not_followed(monkeypatch: pytest.MonkeyPat
 def test_backend_is_abstract() -> None:
     with pytest.raises(TypeError):
         Backend()  # type: ignore[abstract]  # that is the point
+
+
+_RENAMED = """
+import torch
+from torch import nn
+from wrapprec import PolicyError, resolve
+from wrapprec.backends.select import backend_for
+
+torch.utils.rename_privateuse1_backend("npu")
+backend = backend_for("npu:1")
+assert backend.name == "npu" and backend is backend_for("npu") and not backend.is_recording()
+for policy, scaled in (("16-mixed", True), ("bf16-module", False)):
+    plan = resolve(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), policy, device="npu")
+    assert plan.device == "npu" and (plan.loss_scale is not None) == scaled
+assert backend.capability(torch.device("npu")).autocast_dtypes == frozenset()
+try:
+    resolve(nn.Linear(2, 2), "auto", device="npu")
+except PolicyError as error:
+    print(error)
+"""
+
+
+def test_renamed_privateuse_device_that_cannot_compute_is_planned_for_and_auto_is_refused() -> None:
+    # The name holds for the whole process.
+    done = subprocess.run([sys.executable, "-c", _RENAMED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "Expected a npu device that computes in bfloat16 or float16, for the policy 'auto'.\n"
+        "Received: npu, on which neither could be tried\n"
+        "Remedy: name the policy, e.g. 'bf16-mixed', or move the model to a device that is there\n"
+    )
+
+
+def test_generic_backend_asks_its_own_module_whether_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_initialized=lambda: True), raising=False)
+    assert not GenericBackend("npu").is_recording()
+    torch.npu.is_current_stream_capturing = lambda: True
+    assert GenericBackend("npu").is_recording()
+    torch.npu.is_initialized = lambda: False
+    assert not GenericBackend("npu").is_recording()

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from wrapprec.bucket import Bucket
-
-pytestmark = pytest.mark.any_device
 
 CPU = torch.device("cpu")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from wrapprec import LossScale, resolve, wrap
+from wrapprec import CaptureError, LossScale, resolve, wrap
+from wrapprec.backends.select import backend_for
 from wrapprec.recipe import RECIPES
 
 pytestmark = pytest.mark.cuda
@@ -63,6 +66,142 @@ def test_fused_step_never_waits_for_the_device(policy):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("policy", ["16-mixed", "16-module"])
+@pytest.mark.parametrize("form", [{"foreach": True}, {"foreach": False}])
+def test_any_other_step_waits_once(policy, form):
+    model = make()
+    # SGD itself reads nothing.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, **form)
+    wrap(model, optimizer, policy, loss_scale=LossScale(init_scale=1024.0))
+    x, y = torch.randn(32, 64, device="cuda"), torch.randint(0, 16, (32,), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        always = torch.is_warn_always_enabled()
+        torch.set_warn_always(True)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.set_warn_always(always)
+    assert len([one for one in caught if "synchronizing" in str(one.message)]) == 1
+
+
+def batches(number=6):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(32, 64, generator=generator).cuda(), torch.randint(0, 16, (32,), generator=generator).cuda())
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "bf16-module", "32-true"])
+def test_graphed_model_trains_as_without_graphs(policy):
+    losses = []
+    for graphed in (False, True):
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        wrap(model, optimizer, policy)
+        if graphed:
+            model = torch.cuda.make_graphed_callables(model, (torch.zeros(32, 64, device="cuda"),))
+        losses.append([])
+        for x, y in batches():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    # The same kernels; cuBLAS may choose others in another stream's workspace.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[0][0] != losses[0][-1]
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "bf16-module", "32-true"])
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}])
+def test_whole_step_in_a_graph_trains_as_without(policy, form):
+    losses = []
+    for recorded in (False, True):
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True, **form)
+        wrap(model, optimizer, policy)
+        x, y = (t.clone() for t in batches(1)[0])
+
+        def step(model=model, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if recorded:
+            optimizer.zero_grad()
+            with torch.cuda.graph(graph):
+                loss = step()
+        losses.append([])
+        for a, b in batches():
+            x.copy_(a)
+            y.copy_(b)
+            if recorded:
+                graph.replay()
+            else:
+                loss = step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[0][0] != losses[0][-1]
+
+
+@pytest.mark.parametrize("what", ["forward", "step"])
+def test_graph_under_a_loss_scale_is_refused(what):
+    model, x = make(), torch.randn(32, 64, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
+    wrap(model, optimizer, "16-mixed")
+    model(x).sum().backward()
+    with pytest.raises(CaptureError, match="use a bf16 policy"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        model(x) if what == "forward" else optimizer.step()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}])
+def test_forward_and_backward_on_a_side_stream_train_as_on_the_usual_one(policy, form):
+    losses = []
+    for aside in (False, True):
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **form)
+        handle = wrap(model, optimizer, policy, **({"loss_scale": 2.0**10} if policy.startswith("16") else {}))
+        usual = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if aside else usual
+        losses.append([])
+        for turn, (x, y) in enumerate(batches()):
+            optimizer.zero_grad()
+            stream.wait_stream(usual)
+            with torch.cuda.stream(stream):
+                # One overflow of float16: the flag is written there, and read here.
+                factor = 1e8 if turn == 2 and policy.startswith("16") else 1.0
+                loss = nn.functional.cross_entropy(model(x), y) * factor
+                loss.backward()
+            usual.wait_stream(stream)
+            optimizer.step()
+            losses[-1].append(loss.item())
+        assert handle.skipped_steps == policy.startswith("16")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 @pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}])
 def test_overflow_skips_and_lowers_the_scale_on_cuda(form):
     model = make()
@@ -80,6 +219,13 @@ def test_auto_takes_bfloat16_where_the_device_has_it():
     plan = resolve(make())
     has = torch.cuda.is_bf16_supported(including_emulation=False)
     assert str(plan.policy) == ("bf16-mixed" if has else "16-mixed") and plan.reason
+
+
+def test_capability_is_the_devices_own():
+    found = backend_for("cuda").capability(torch.device("cuda"))
+    assert (torch.bfloat16 in found.fast_dtypes) == torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.version.hip or torch.cuda.get_device_capability() >= (8, 9)
+    assert torch.version.hip or found.notes[1] == ("float8 is native" if native else "float8 is not native")
 
 
 def test_model_moved_after_wrap_takes_its_scale_along():

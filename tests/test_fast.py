@@ -99,6 +99,29 @@ def test_rule_for_a_part_turns_them_on_too() -> None:
     assert settings() == before
 
 
+def test_setting_that_the_user_changes_while_wrapped_stays() -> None:
+    before = settings()
+    handle = wrap(net(), None, "32-fast")
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        handle.unwrap()
+        assert settings() == [before[0], "ieee", before[2]]
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before[1]
+    assert settings() == before
+
+
+def test_unwrapped_copy_and_a_model_wrapped_in_between_leave_the_settings() -> None:
+    before = settings()
+    first = wrap(net(), None, "32-fast")
+    with wrap(net(), None, "bf16-mixed"), wrap(net(), None, "32-fast") as second:
+        first.unwrap()
+        assert settings() == ["bf16"] * 3
+        second.unwrap()
+        assert settings() == before
+    assert settings() == before
+
+
 def test_failing_wrap_leaves_the_switches() -> None:
     before = settings()
     with pytest.raises(PolicyError):

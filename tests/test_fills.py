@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from wrapprec.fills import overfill
 
-pytestmark = pytest.mark.any_device
-
 F16, BF16 = torch.float16, torch.bfloat16
 FAR = -1e20
 

@@ -20,9 +20,9 @@ LAYERS: dict[str, str] = {
     "leaves": "errors undo",
     "values": "dtypes tree reach sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
-    "choice": "backends backends.fast backends.float8 backends.recurrent backends.base backends.cpu backends.cuda"
-    " backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory placement fits plan"
-    " fsdp",
+    "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.base backends.cpu"
+    " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory"
+    " placement fits plan fsdp",
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"

@@ -14,8 +14,6 @@ from torch.func import functional_call
 
 from wrapprec.lent import Lent, lend, originals, take_back
 
-pytestmark = pytest.mark.any_device
-
 
 @pytest.fixture
 def layer() -> nn.Linear:

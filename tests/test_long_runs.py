@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -158,7 +159,14 @@ class Run:
 
 def living() -> collections.Counter[type]:
     gc.collect()
-    return collections.Counter(type(obj) for obj in gc.get_objects())
+    return collections.Counter(type(obj) for obj in gc.get_objects() if not is_of_abstract_class(obj))
+
+
+def is_of_abstract_class(obj: Any) -> bool:
+    """Whether it is how Python remembers that `isinstance` asked an abstract class about a type: once for each two."""
+    if type(obj) is weakref.ref:
+        return isinstance(obj(), type)
+    return type(obj) is types.BuiltinFunctionType and obj.__name__ == "_destroy"
 
 
 def resident() -> float:

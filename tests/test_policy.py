@@ -16,8 +16,6 @@ from wrapprec.errors import PolicyError
 from wrapprec.policy import LossScale, Policy, Precision, Rule, parse_loss_scale, rule_precision
 from wrapprec.recipe import RECIPES
 
-pytestmark = pytest.mark.any_device
-
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 PRESETS: dict[str, tuple[Any, ...]] = {

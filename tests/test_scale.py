@@ -16,8 +16,6 @@ from wrapprec.errors import PolicyError
 from wrapprec.policy import LossScale
 from wrapprec.scale import Scaler
 
-pytestmark = pytest.mark.any_device
-
 CPU = torch.device("cpu")
 ONE, ZERO = torch.ones(()), torch.zeros(())
 

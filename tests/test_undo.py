@@ -14,8 +14,6 @@ from torch import nn
 
 from wrapprec.undo import ABSENT, UndoStack
 
-pytestmark = pytest.mark.any_device
-
 
 class Thing:
     """An object with attributes; at the top level so that it pickles."""

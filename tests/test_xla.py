@@ -208,17 +208,20 @@ def test_program_without_wrap_computes_in_float32(xla: torch.device) -> None:
 
 @pytest.mark.parametrize("policy", BF16)
 @pytest.mark.parametrize(
-    "make",
+    ("kind", "make"),
     [
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: torch.optim.AdamW(p, foreach=True),
-        lambda p: syncfree.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: syncfree.AdamW(p),
+        (GPT, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        (GPT, lambda p: torch.optim.AdamW(p, foreach=True)),
+        (GPT, lambda p: syncfree.SGD(p, lr=0.1, momentum=0.9)),
+        (GPT, lambda p: syncfree.AdamW(p)),
+        (ConvNet, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
     ],
-    ids=["sgd", "adamw", "syncfree-sgd", "syncfree-adamw"],
+    ids=["sgd", "adamw", "syncfree-sgd", "syncfree-adamw", "convolutions"],
 )
-def test_nothing_in_a_step_reads_the_host_or_cuts_the_graph(xla: torch.device, make: Any, policy: str) -> None:
-    model, batch, _, _ = by_hand(GPT)
+def test_nothing_in_a_step_reads_the_host_or_cuts_the_graph(
+    xla: torch.device, kind: Any, make: Any, policy: str
+) -> None:
+    model, batch, _, _ = by_hand(kind)
     model, batch = model.to(xla), to(xla, batch)
     optimizer = make(model.parameters())
     wrap(model, optimizer, policy)
@@ -395,6 +398,35 @@ def test_frozen_weights_give_the_same_outputs(xla: torch.device, policy: str) ->
         plain = model(batch[0]).cpu()
         with handle.frozen():
             assert torch.equal(model(batch[0]).cpu(), plain)
+
+
+@pytest.mark.parametrize("policy", BF16)
+def test_output_that_is_a_view_of_another_shows_the_same_numbers(xla: torch.device, policy: str) -> None:
+    # XLA's tensors say that they are contiguous and begin at 0, views of columns too.
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            whole = self.fc(x)
+            return whole, whole[:, 1], whole.t()
+
+    torch.manual_seed(0)
+    plain, x = Both(), torch.randn(5, 4)
+    model = copy.deepcopy(plain).to(xla)
+    wrap(model, None, policy)
+    found = []
+    for net, given in ((plain, x), (model, x.to(xla))):
+        whole, column, turned = net(given)
+        assert torch.equal(whole[:, 1].cpu(), column.cpu()) and torch.equal(whole.t().cpu(), turned.cpu())
+        with torch.no_grad():
+            whole.mul_(2)
+        assert torch.equal(whole[:, 1].cpu(), column.cpu())  # a write into the one shows in the other
+        (column * torch.arange(1.0, 6.0, device=column.device)).sum().backward()
+        found.append(net.fc.weight.grad.cpu())
+    # Two roundings to bfloat16.
+    assert (found[1] - found[0]).norm() <= 4 * 2**-9 * found[0].norm()
 
 
 def test_island_switches_autocast_off(xla: torch.device) -> None:

@@ -40,6 +40,13 @@ def has_no_backward(forward: Forward) -> bool:
     Raises:
         CaptureError: a graph is being recorded that may be differentiated.
     """
+    if forward.shared.backend.is_recording():
+        forward.shared.backend.refuse_recording(
+            "a policy without a loss scale, or none of its forwards with gradients in a graph that is replayed",
+            "a forward under a loss scale: replays would keep the scale of this step, and their overflows go unseen",
+            where=module_label(forward.name, forward.module),
+            remedy="use a bf16 policy, of which forward, backward and step can be recorded",
+        )
     if levels.differentiates_forward():
         # torch.func.linearize records how tangents go, and nothing else.
         return torch._C._get_dispatch_mode(_PROXY) is not None

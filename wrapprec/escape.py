@@ -84,9 +84,10 @@ def map_outputs(fn: Callable[[Tensor], Tensor], out: Any) -> Any:
             if whole is base:
                 return tensor
             if whole.stride() == base.stride():
-                # A write into the one must show in the other, as it does in plain torch.
-                offset = whole.storage_offset() + tensor.storage_offset() - base.storage_offset()
-                return whole.as_strided(tensor.size(), tensor.stride(), offset)
+                # A write into the one must show in the other, as it does in plain torch. XLA's tensors do not know
+                # their strides: there, only the operations that made the view tell what it shows.
+                view: Tensor = tensor._view_func_unsafe(whole)
+                return view
         if id(tensor) not in made:
             made[id(tensor)] = fn(tensor)
         return made[id(tensor)]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wrapprec import audit
+from wrapprec.backends.recording import is_graph
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
 from wrapprec.defaults import copies_weights
@@ -109,6 +110,12 @@ def refresh(forward: Forward) -> None:
 
 def _refresh(forward: Forward) -> None:
     shared = forward.shared
+    shared.backend.refuse_recording(
+        "a model that has not changed since its last forward",
+        "one that has: modules or its device; taking that up reads the device",
+        where=module_label(forward.name, forward.module),
+        remedy="call it once before, which warming up does anyway",
+    )
     root = None if shared.root is None else shared.root()
     # A shallow copy of the whole model has the name of the root, and may have other submodules.
     model = forward.module if root is None or forward.name == "" else root
@@ -196,6 +203,15 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
         own = forward_of(module)
         if isinstance(own, Forward) and own.shared is not shared:
             continue
+        if is_graph(own):
+            raise PolicyError(
+                message(
+                    "a model of which no forward replays a graph",
+                    "a module that torch.cuda.make_graphed_callables was called on, whose graph keeps its precision",
+                    where=module_label(fqn, module),
+                    remedy="wrap first, then make graphs, and change no modules after that",
+                )
+            )
         if not isinstance(own, Forward) or own.module is not module:
             own = Forward(module, shared, fqn, replaced=own.replaced if isinstance(own, Forward) else own)
             undo.set_attribute(module, place_of(module), own)

@@ -64,7 +64,8 @@ def cache_is_sound() -> bool:
 
     A weight that was used under no_grad first, on any thread, would get no gradient.
     """
-    weight, x = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1)
+    # Where autocast("cpu") looks, whatever the user's default device is.
+    weight, x = torch.ones(1, 1, device="cpu", requires_grad=True), torch.ones(1, 1, device="cpu")
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
             torch.mm(x, weight)

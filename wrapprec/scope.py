@@ -102,7 +102,7 @@ class Scope:
 
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
-        frozen = self.shared.frozen if not torch.is_grad_enabled() else None
+        frozen = self.shared.kept()
         groups: dict[int, list[Entry]] = {}
         compiled: set[int] = set()
         replicas: list[Loan] = []

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from wrapprec.backends.recording import beneath_graph
+
 
 class StandIn:
     """What `wrap` puts on a module; `region.Forward` is the only one."""
@@ -41,6 +43,8 @@ def take_away(module: nn.Module) -> None:
     """Put the original back where a stand-in was moved since it was put there."""
     name = place_of(module)
     own = module.__dict__.get(name)
+    # A graph that was recorded of it since stays in its precision: it goes, too.
+    own = beneath_graph(own, StandIn) or own
     if isinstance(own, StandIn):
         if name == "forward" and own.replaced is None:
             del module.__dict__[name]

@@ -168,6 +168,11 @@ class Stepper:
         self.owned(closely=True)
         # One that owns no weights of theirs was given all the same: a hypernetwork's, behind a functional_call.
         trained = [model for model in self._models if model.trained_by(self.owner)] or self._models
+        self._models[0].backend.refuse_recording(
+            "a policy without a loss scale, or its optimizer steps outside of graphs that are replayed",
+            f"{type(optimizer).__name__}.step() under a loss scale: replays would not update it",
+            remedy="use a bf16 policy, of which forward, backward and step can be recorded",
+        )
         self.restored.check(stacklevel=3)
         self.clock = next(_clock)
         closure = args[0] if args else kwargs.get("closure")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wrapprec.backends import ABSENT
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8, advise
+from wrapprec.backends.recording import Recording
 from wrapprec.backends.recurrent import probe_rnn, rnn_kind
 from wrapprec.errors import PolicyError, message
 from wrapprec.precision import Precision
@@ -28,8 +29,7 @@ class Capability:
         fast_dtypes: what runs at least as fast as float32 there.
         scaling: whether float16 needs, and gets, a loss scale there.
         notes: what else a reader of the plan should know.
-        mixed_norms: `(class name, dtype name)` of the normalisations whose kernel takes activations of that dtype
-            with float32 parameters.
+        mixed_norms: `(class name, dtype name)` of the norms that take activations of it with float32 parameters.
     """
 
     device_type: str
@@ -85,7 +85,7 @@ def norm_kind(module: nn.Module) -> str | None:
     return None
 
 
-class Backend(ABC):
+class Backend(Recording, ABC):
     """A device type.
 
     Attributes:

@@ -9,6 +9,7 @@ from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8
 from wrapprec.errors import PolicyError, message
+from wrapprec.precision import Precision
 
 
 def _multiplies_float8(device: torch.device) -> bool:
@@ -48,16 +49,27 @@ class CudaBackend(Backend):
         """
         if not torch.cuda.is_available():
             return False
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        # As in torch.cuda.is_bf16_supported(including_emulation=False), but for a device that need not be the current.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
     def capability(self, device: torch.device) -> Capability:
         """See `Backend.capability`."""
         bfloat16 = self.has_bfloat16(device)
         fast = {torch.float32, torch.float16} | ({torch.bfloat16} if bfloat16 else set())
-        notes = ("bfloat16 is native" if bfloat16 else "bfloat16 is not native",)
+        float8 = self.float8.multiplies(device)
+        notes = (
+            "bfloat16 is native" if bfloat16 else "bfloat16 is not native",
+            "float8 is native" if float8 else "float8 is not native",
+        )
         low = frozenset({torch.bfloat16, torch.float16})
         return Capability("cuda", low, frozenset(fast), self.scaling, notes, self.mixed_norms(device))
+
+    def advise(self, precision: Precision, device: torch.device) -> str | None:
+        """See `Backend.advise`."""
+        low = precision.compute_dtype == torch.bfloat16
+        if low and torch.cuda.is_available() and not self.has_bfloat16(device):
+            return "this GPU has no native bfloat16 (compute capability 8.0 has); 16-mixed is the better choice"
+        return super().advise(precision, device)
 
     def auto(self, device: torch.device) -> tuple[str, str]:
         """See `Backend.auto`.

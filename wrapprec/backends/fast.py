@@ -18,6 +18,8 @@ Setting = tuple[Any, str, str]
 class Switches:
     """The settings of one device type. They hold for the whole process: whoever comes last puts the old values back.
 
+    What somebody has set otherwise since stays.
+
     Args:
         settings: what to set.
     """
@@ -52,7 +54,9 @@ class Switches:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._set(self._before)
+                for (owner, name, value), before in zip(self.settings, self._before, strict=True):
+                    if getattr(owner, name) == value:
+                        setattr(owner, name, before)
 
     def _set(self, values: list[str]) -> None:
         for (owner, name, _), value in zip(self.settings, values, strict=True):
