@@ -26,7 +26,7 @@ LAYERS: dict[str, str] = {
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
-    " region",
+    " region forward",
     "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
     "weights": "lowbit.words lowbit.keep lowbit.states lowbit.convert lowbit.rounding lowbit.attach lowbit.checkpoint"
     " lowbit.quantised",
@@ -152,7 +152,7 @@ def test_contributing_shows_the_same_layers() -> None:
         ("from wrapprec import wrap_it", {"__init__"}),
         ("from wrapprec.backends.base import Backend", {"backends.base"}),
         ("def f():\n    from wrapprec.install import refresh", {"install"}),
-        ("if TYPE_CHECKING:\n    from wrapprec.region import Forward", set()),
+        ("if TYPE_CHECKING:\n    from wrapprec.forward import Forward", set()),
         ("from .base import Backend", {"backends.base"}),
         ("import torch", set()),
     ],

@@ -28,7 +28,7 @@ from wrapprec.replicas import replicated
 from wrapprec.scope import Scope
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _changing = threading.Lock()
 """Held while the names are replaced or put back."""

@@ -26,7 +26,7 @@ from wrapprec.scale import Scaler
 from wrapprec.schedule import Schedule
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 GOES_IN: tuple[Any, ...] = (Leave, ScaleDown, Return)
 GOES_OUT: tuple[Any, ...] = (Enter, Lend, ScaleUp)

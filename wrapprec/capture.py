@@ -17,7 +17,7 @@ from wrapprec import levels
 from wrapprec.errors import CaptureError, message, module_label
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 

@@ -23,7 +23,8 @@ from wrapprec.errors import ScaleLeakError, message, module_label
 from wrapprec.escape import mend_attributes
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward, Region
+    from wrapprec.forward import Forward
+    from wrapprec.region import Region
     from wrapprec.scope import Scope
 
 _ENTER: Any = vars(Enter)["_backward_cls"]

@@ -16,7 +16,7 @@ from wrapprec.dtypes import LOW, name
 from wrapprec.errors import ModelChangedError, StepError, WrapprecWarning, message, module_label
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
     from wrapprec.scale import Scaler
     from wrapprec.state import Shared
 

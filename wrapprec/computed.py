@@ -18,7 +18,7 @@ from wrapprec.dtypes import MIXABLE
 from wrapprec.lent import originals
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
     from wrapprec.scope import Scope
     from wrapprec.state import Shared
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _CALLERS = ("_call_impl", "inner")
 """Where `nn.Module.__call__` calls forward: directly, and with hooks."""

@@ -13,7 +13,7 @@ from wrapprec.errors import module_label
 from wrapprec.lent import originals
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _HOPELESS = (
     "a lower loss scale cannot help, forward itself is not finite: look at the data and the learning rate, or keep this"

@@ -15,7 +15,7 @@ from wrapprec.lent import Brought, joining
 from wrapprec.sharded import Managed, Whole
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
     from wrapprec.scope import Scope
 
 

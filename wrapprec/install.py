@@ -20,6 +20,7 @@ from wrapprec.checks import check_dtype
 from wrapprec.defaults import copies_weights
 from wrapprec.dtypes import MIXABLE, REAL, is_low, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
+from wrapprec.forward import Forward
 from wrapprec.fsdp import check_sharding
 from wrapprec.gathered import check_not_compiled
 from wrapprec.lowbit.convert import convert, keeps_weights, restore_copy, within_parametrisations
@@ -32,7 +33,7 @@ from wrapprec.operands import mended, mixes
 from wrapprec.placement import Activations
 from wrapprec.plan import Placement, Plan, resolve
 from wrapprec.policy import Precision
-from wrapprec.region import Forward, Region
+from wrapprec.region import Region
 from wrapprec.sharded import MARK, managed_below
 from wrapprec.standin import forward_of, place_of
 from wrapprec.state import Request, Shared

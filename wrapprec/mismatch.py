@@ -9,7 +9,7 @@ from wrapprec.dtypes import name
 from wrapprec.errors import DtypeMismatchError, message, module_label
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _ABOUT_DTYPES = re.compile(
     r"dtype|scalar type|same type|data type|should be the same"

@@ -15,7 +15,7 @@ from wrapprec.cast import narrow
 from wrapprec.lent import Weights, lend, rnn_turn, take_back
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 Runner = Callable[["Forward", tuple[Any, ...], dict[str, Any]], Any]
 

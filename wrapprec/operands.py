@@ -23,7 +23,7 @@ from wrapprec.dtypes import MIXABLE
 from wrapprec.island import fill
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
     from wrapprec.scope import Scope
 
 _UPCASTS = re.compile(r"\.float\(\)|float32")

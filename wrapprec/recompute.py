@@ -19,7 +19,7 @@ from torch._C._autograd import _get_sequence_nr
 from torch.utils.checkpoint import _CheckpointFrame
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
     from wrapprec.scope import Scope
     from wrapprec.state import Shared
 

@@ -22,7 +22,7 @@ from wrapprec.lent import FORMER, originals
 from wrapprec.outward import borders_below
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 
 class Record:

@@ -31,7 +31,7 @@ from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 Loan = tuple[nn.Module, Weights]
 
@@ -102,7 +102,7 @@ class Scope:
 
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
-        frozen = self.shared.kept()
+        frozen = self.shared.cast_once()
         groups: dict[int, list[Entry]] = {}
         compiled: set[int] = set()
         replicas: list[Loan] = []

@@ -11,7 +11,7 @@ from wrapprec.backends.recording import beneath_graph
 
 
 class StandIn:
-    """What `wrap` puts on a module; `region.Forward` is the only one."""
+    """What `wrap` puts on a module; `forward.Forward` is the only one."""
 
     replaced: Any
     original: Any

@@ -24,7 +24,7 @@ from wrapprec.lowbit.products import Product
 from wrapprec.native import narrow_masks
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 
 class _Everything:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wrapprec.errors import NotWrappedError, message
+from wrapprec.forward import Forward
 from wrapprec.handle import Handle
 from wrapprec.hold import check_scheduler
 from wrapprec.install import adopt, install
@@ -18,7 +19,6 @@ from wrapprec.lowbit.optimizer import check
 from wrapprec.lowbit.quantised import release
 from wrapprec.policy import Policy
 from wrapprec.prepared import check_accelerators
-from wrapprec.region import Forward
 from wrapprec.rule import Rule
 from wrapprec.standin import forward_of
 from wrapprec.state import Request, Shared

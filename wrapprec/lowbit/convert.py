@@ -17,11 +17,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wrapprec.computed import computed_by_hooks
 from wrapprec.dtypes import LOW, REAL, name
 from wrapprec.errors import PolicyError, WrapprecError, WrapprecWarning, message, module_label
+from wrapprec.forward import Forward
 from wrapprec.lent import originals
 from wrapprec.lowbit.keep import Kept, mode_of
 from wrapprec.lowbit.words import split
 from wrapprec.plan import Plan
-from wrapprec.region import Forward
 from wrapprec.standin import forward_of
 from wrapprec.state import Shared
 from wrapprec.undo import UndoStack

@@ -12,7 +12,7 @@ from wrapprec import levels
 from wrapprec.lowbit.products import Product, Quantised, library, operands
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 
 class Linear8(Quantised):

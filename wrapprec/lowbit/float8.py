@@ -17,7 +17,7 @@ from wrapprec.island import is_island_open
 from wrapprec.lowbit.packages import torchao
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 _ROWS = 16
 """Kernels take operands whose inner size is a multiple of this; in the weight's gradient that is the number of rows."""

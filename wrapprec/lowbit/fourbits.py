@@ -16,7 +16,7 @@ from wrapprec.lowbit.products import Quantised, library, operands
 from wrapprec.lowbit.sizes import BLOCK
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 
 class Linear4(Quantised):

@@ -19,7 +19,7 @@ from wrapprec.errors import CaptureError, DtypeMismatchError, WrapprecWarning, m
 from wrapprec.lowbit.packages import bitsandbytes
 
 if TYPE_CHECKING:
-    from wrapprec.region import Forward
+    from wrapprec.forward import Forward
 
 
 _loaded: dict[str, Any] = {}

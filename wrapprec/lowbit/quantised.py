@@ -19,8 +19,8 @@ from wrapprec.lowbit.quantisable import TRAINING, is_conv1d, is_packed
 from wrapprec.standin import forward_of
 
 if TYPE_CHECKING:
+    from wrapprec.forward import Forward
     from wrapprec.plan import Plan
-    from wrapprec.region import Forward
     from wrapprec.undo import UndoStack
 
 

@@ -11,7 +11,8 @@ from types import FrameType
 import torch
 
 from wrapprec.dtypes import name
-from wrapprec.region import Forward, Region
+from wrapprec.forward import Forward
+from wrapprec.region import Region
 
 _EVERY = 0.01
 """Seconds between two looks."""
