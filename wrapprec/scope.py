@@ -102,7 +102,7 @@ class Scope:
 
     def lend(self, tree: list[Forward]) -> None:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
-        frozen = self.shared.cast_once()
+        frozen = self.shared.lendable()
         groups: dict[int, list[Entry]] = {}
         compiled: set[int] = set()
         replicas: list[Loan] = []

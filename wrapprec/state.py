@@ -102,7 +102,7 @@ class Shared:
         others = [other() for key, other in list(self.threads.items()) if key != ident]
         return not any(other is not None and other.is_alive() for other in others)
 
-    def cast_once(self) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None:
+    def lendable(self) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None:
         """The weights that were cast once, where they may be lent: never in a graph, whose replays come later."""
         if self.frozen is None or torch.is_grad_enabled() or self.backend.is_recording():
             return None
