@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tokenize
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -191,7 +192,7 @@ def _read_source(kind: Any) -> str:
         return ""
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         return ""
 
 
@@ -200,7 +201,7 @@ def _scatter_note(kind: Any) -> str | None:
         return None
     try:
         source = inspect.getsource(kind.forward)
-    except (OSError, TypeError, AttributeError, SyntaxError):
+    except (OSError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
         return None
     found = _SCATTERING.search(source)
     if found is None:

@@ -10,6 +10,7 @@ import ast
 import inspect
 import math
 import textwrap
+import tokenize
 import weakref
 from collections.abc import Iterator
 from types import FunctionType
@@ -73,7 +74,7 @@ def _reached(kind: Any, function: Any, seen: set[Any], depth: int) -> Iterator[t
         return
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
+    except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError):
         return
     if not isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return

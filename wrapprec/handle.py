@@ -19,7 +19,7 @@ from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
 from wrapprec.lowbit.attach import follow_dtypes, keep_updates
 from wrapprec.lowbit.forms import embedded
-from wrapprec.lowbit.keep import load_kept
+from wrapprec.lowbit.keep import load_kept, save_kept
 from wrapprec.lowbit.optimizer import LowBits, check, convert
 from wrapprec.lowbit.quantised import check_attached, originals
 from wrapprec.lowbit.rounding import Rounder
@@ -219,16 +219,14 @@ class Handle:
         """Everything a resumed run needs beside the model's and the optimizer's state.
 
         Returns:
-            Plain numbers and strings, and what the rounding of low precision weights keeps, by name: int16 tensors.
-            It loads with ``torch.load(weights_only=True)``.
+            Numbers, strings, and int16 tensors of rounded weights: loads with ``torch.load(weights_only=True)``.
         """
         state = {
             "version": 1,
             "scales": [None if m.scaler is None else m.scaler.state_dict() for m in self._models],
             "skipped_steps": self._count_skipped(),
         }
-        kept = [None if m.kept is None else m.kept.state_dict() for m in self._models]
-        return state | ({"rounding": kept} if any(kept) else {})
+        return state | save_kept(self._models)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume.

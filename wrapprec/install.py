@@ -280,6 +280,6 @@ def adopt(model: nn.Module) -> UndoStack:
     for below in forward.tree():
         undo.remember(below.module, place_of(below.module), below, below.replaced)
         adopt_quantised(below, undo)
-    if forward.shared.kept is not None:
-        undo.push(lambda: restore_copy(model, forward.shared.kept))
+    if forward.shared.converted is not None:
+        undo.push(lambda: restore_copy(model, forward.shared.converted))
     return undo

@@ -75,7 +75,7 @@ class Shared:
         self.ranks = Ranks()
         self.sharded = False  # FSDP manages some of the parameters
         # What is kept beside weights that are stored in other dtypes: a `lowbit.keep.Kept`.
-        self.kept: Any = None
+        self.converted: Any = None
         self.undo: Any = None
         self.handle: Any = None
         # Takes up what changed below a Forward; `install` puts it here.

@@ -28,7 +28,7 @@ def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Roun
         rounders: those that it has; a new one is added.
         undo: takes the way back.
     """
-    stored = [model for model in models if model.kept is not None]
+    stored = [model for model in models if model.converted is not None]
     if not stored or any(rounder.guards(optimizer) for rounder in rounders):
         return
     inner = inner_optimizers(optimizer)
@@ -37,7 +37,7 @@ def keep_updates(optimizer: Optimizer, models: list[Shared], rounders: list[Roun
     theirs = {id(param) for one in inner for group in one.param_groups for param in group["params"]}
     if inner and all(id(param) in theirs for group in optimizer.param_groups for param in group["params"]):
         return
-    rounded = [model for model in stored if model.kept.mode is not None]
+    rounded = [model for model in stored if model.converted.mode is not None]
     if rounded:
         rounder = Rounder(optimizer, rounded, theirs)
         rounder.install(undo)
@@ -52,7 +52,7 @@ def follow_dtypes(optimizer: Optimizer, models: list[Shared], undo: UndoStack) -
         models: of the handle.
         undo: takes the way back.
     """
-    stored = [model for model in models if model.kept is not None]
+    stored = [model for model in models if model.converted is not None]
     refs = [weakref.ref(one) for one in (optimizer, *inner_optimizers(optimizer))] if stored else []
 
     def follow(back: bool) -> None:
@@ -70,6 +70,6 @@ def _follow(optimizer: Optimizer, models: list[Shared], back: bool) -> None:
     for model in models:
         for name, param in model.named_parameters():
             if param in optimizer.state:
-                before, now = model.kept.dtypes.get(name, (param.dtype, param.dtype))
-                wide = torch.float32 if now in LOW and model.kept.mode is not None else now
+                before, now = model.converted.dtypes.get(name, (param.dtype, param.dtype))
+                wide = torch.float32 if now in LOW and model.converted.mode is not None else now
                 cast_state(optimizer.state[param], before if back else wide)

@@ -55,7 +55,7 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
 
     Args:
         model: the root.
-        shared: its state; `shared.kept` takes the old dtypes, and under `kahan` the remainders.
+        shared: its state; `shared.converted` takes the old dtypes, and under `kahan` the remainders.
         undo: takes the way back.
 
     Raises:
@@ -66,9 +66,9 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     plan = shared.plan
     if not _stores(plan):
         return
-    if shared.kept is None:
-        shared.kept = Kept(mode_of(plan))
-    kept = shared.kept
+    if shared.converted is None:
+        shared.converted = Kept(mode_of(plan))
+    kept = shared.converted
     params = list(_wanted(model, plan, False))
     changing = [found for found in params if found[1].dtype is not found[2]]
     check_managers(model, {id(tensor) for _, tensor, _ in changing})

@@ -124,8 +124,14 @@ def mode_of(plan: Plan) -> str | None:
 def forget_rests(models: Iterable[Shared]) -> None:
     """Nobody trains these models so far: keep no remainders of their weights."""
     for model in models:
-        if model.kept is not None:
-            model.kept.rests.clear()
+        if model.converted is not None:
+            model.converted.rests.clear()
+
+
+def save_kept(models: Sequence[Shared]) -> dict[str, Any]:
+    """What is to be saved of the rounding, model by model; nothing where no model is rounded."""
+    states = [None if model.converted is None else model.converted.state_dict() for model in models]
+    return {"rounding": states} if any(states) else {}
 
 
 def load_kept(models: Sequence[Shared], states: Iterable[dict[str, Any] | None]) -> None:
@@ -138,7 +144,8 @@ def load_kept(models: Sequence[Shared], states: Iterable[dict[str, Any] | None])
     Raises:
         PolicyError: a remainder is of another shape than the weight of its name, or there is no such weight.
     """
-    pairs = [(m, m.kept, s) for m, s in zip(models, states, strict=True) if m.kept is not None and s is not None]
+    both = zip(models, states, strict=True)
+    pairs = [(m, m.converted, s) for m, s in both if m.converted is not None and s is not None]
     for model, kept, state in pairs:
         shapes = {name: param.shape for name, param in model.named_parameters()}
         wrong = [name for name, rest in state["rests"].items() if shapes.get(name) != rest.shape]

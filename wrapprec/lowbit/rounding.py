@@ -116,10 +116,10 @@ class Rounder:
         wanted = {id(param) for param in params if param.dtype in LOW} - self._known.keys() - self._theirs
         for model in self._models:
             for name, param in model.named_parameters():
-                if id(param) in wanted and model.kept is not None and model.kept.mode is not None:
+                if id(param) in wanted and model.converted is not None and model.converted.mode is not None:
                     stand_in: Any = nn.Parameter(param.new_empty(0, dtype=torch.float32))
                     stand_in.stands_for = param
-                    self._known[id(param)] = param, name, model.kept, stand_in
+                    self._known[id(param)] = param, name, model.converted, stand_in
 
     def _by_parts(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps each parameter by itself, and nobody counts the calls."""
