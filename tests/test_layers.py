@@ -21,13 +21,13 @@ LAYERS: dict[str, str] = {
     "values": "dtypes tree reach sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.base backends.cpu"
-    " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable footprint memory"
-    " placement fits plan fsdp",
+    " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable lowbit.forms"
+    " footprint memory placement fits walk plan fsdp",
     "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
     " region forward",
-    "step": "patch lowbit.codes lowbit.forms lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
+    "step": "patch lowbit.codes lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
     "weights": "lowbit.words lowbit.keep lowbit.states lowbit.convert lowbit.rounding lowbit.attach lowbit.checkpoint"
     " lowbit.quantised",
     "wrap": "install prepared handle wrap",
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, str] = {
     "choice": "leaves values wants",
     "state": "leaves values wants choice",
     "effects": "leaves values wants state",
-    "step": "leaves values state",
+    "step": "leaves values choice state",
     "weights": "leaves values choice state effects step",
     "wrap": "leaves values wants choice state effects step weights",
     "tools": "leaves values wants choice state effects step wrap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,83 @@ def test_a_plan_foresees_what_training_holds(name: str, policy: str) -> None:
     assert bytes_of(lent.values()) <= foreseen.lent <= 1.1 * bytes_of(lent.values()) + 4096 * (policy != "32-true")
 
 
+class Adapted(nn.Module):
+    """Frozen matrices under a trained adapter, as fine-tuning has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 128)
+        self.base = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)).requires_grad_(False)
+        self.down, self.up = nn.Linear(128, 64, bias=False), nn.Linear(64, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up(self.down(self.base(self.embed(ids))))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(96, 256), nn.LayerNorm(256), nn.Linear(256, 128), nn.Linear(128, 10))
+
+
+LARGER: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "adapted": (Adapted, ids),
+    "wide": (wide, lambda: torch.randn(4, 96)),
+    "llama": (llama, ids),
+}
+
+
+def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
+    """Of quantised state, which is kept in dicts, too; step counters are no matter."""
+    return bytes_of(t for one in optimizer.state.values() for t in tree_leaves(one) if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("policy", ["bf16-true", "bf16-true,rounding=stochastic", "16-true,rounding=none", "64-true"])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("name", LARGER)
+def test_a_plan_foresees_low_precision_weights_and_state(name: str, bits: int | None, policy: str) -> None:
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    make, data = LARGER[name]
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    foreseen = wrapprec.resolve(model, policy).memory(optimizer, optimizer_bits=bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", wrapprec.WrapprecWarning)  # of float16 weights that lose updates
+        handle = wrapprec.wrap(model, optimizer, policy, optimizer_bits=bits)
+    loss_of(model, data()).backward()
+    optimizer.step()
+    assert foreseen.weights == bytes_of(model.parameters())
+    assert foreseen.gradients == bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    assert foreseen.state == bytes_of_state(optimizer)
+    saved = handle.state_dict().get("rounding", [None])[0]
+    assert foreseen.master == bytes_of([] if saved is None else saved["rests"].values())
+
+
+@pytest.mark.parametrize("form", ["nf4", "nf4-dq", "int8"])
+def test_a_plan_foresees_quantised_weights(form: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = Adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    foreseen = wrapprec.resolve(model, form).memory(optimizer)
+    wrapprec.wrap(model, optimizer, form)
+    loss_of(model, ids()).backward()
+    optimizer.step()
+    # The scales are kept beside the parameters.
+    scales = foreseen.weights - bytes_of(model.parameters())
+    assert 0 < scales <= 0.13 * 2 * 128 * 256
+    assert foreseen.gradients == bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    assert foreseen.state == bytes_of_state(optimizer)
+
+
+def test_bytes_of_a_mix_are_printed_by_module() -> None:
+    plan = wrapprec.resolve(Adapted(), "bf16-mixed", rules=[("base", "nf4"), ("up", "bf16-true")])
+    table = [line.split() for line in str(plan).splitlines()]
+    rows = {line[0]: line[3:6] for line in table if len(line) > 6}
+    # 4.5 bits an element of the matrix, 32 of the bias, and a table of 64 bytes.
+    assert rows["base.0"] == [f"{(128 * 256 * 4.5 / 8 + 64 + 4 * 256) / (128 * 256 + 256):.3g}", "0", "0"]
+    assert rows["up"] == ["2", "2", "2"]
+    assert rows["down"] == ["4", "4", "0"]
+
+
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Adafactor", "Muon", "ASGD"])
 def test_the_state_of_an_optimizer_is_foreseen_by_its_class(kind: str) -> None:
     shape = (48, 64)
@@ -120,15 +198,16 @@ def test_the_state_of_an_optimizer_is_foreseen_by_its_class(kind: str) -> None:
     optimizer = getattr(torch.optim, kind)([param])
     optimizer.step()
     held = sum(s.nbytes for s in optimizer.state[param].values() if isinstance(s, Tensor) and s.shape != ())
-    assert state_of(kind)(shape) == state_of(type(optimizer))(shape) == state_of(optimizer)(shape) == held
+    asked = shape, torch.float32, False
+    assert state_of(kind)(*asked) == state_of(type(optimizer))(*asked) == state_of(optimizer)(*asked) == held
 
 
 def test_an_optimizer_is_foreseen_with_its_own_options_and_left_alone() -> None:
     param = nn.Parameter(torch.ones(10, 10))
     with_momentum = torch.optim.SGD([param], lr=0.1, momentum=0.9, fused=True)
     amsgrad = torch.optim.AdamW([param], amsgrad=True)
-    assert state_of(with_momentum)((10, 10)) == 400
-    assert state_of(amsgrad)((10, 10)) == 1200
+    assert state_of(with_momentum)((10, 10), torch.float32, False) == 400
+    assert state_of(amsgrad)((10, 10), torch.float32, False) == 1200
     assert not with_momentum.state and not amsgrad.state and with_momentum.param_groups[0]["fused"]
 
 

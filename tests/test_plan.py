@@ -402,10 +402,10 @@ def test_five_thousand_modules_are_resolved_well_under_a_second() -> None:
         [nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1), nn.Sequential(nn.ReLU())) for _ in range(1000)]
     )
     resolve(block(), "16-mixed")  # probes the norms
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = resolve(big, "16-mixed", rules=[("*.2", "f32"), ("9*.0", "bf16"), (nn.ReLU, "f32")])
     assert len(plan.placements) == 5001
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 NAMES = st.sampled_from(["a", "b", "norm"])

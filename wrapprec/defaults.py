@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from wrapprec import dtypes
 from wrapprec.allowlist import STRICTLY, is_listed, keep_pattern, keeps_float32, scatter_note
@@ -45,6 +46,23 @@ def copies_weights(module: nn.Module, precision: Precision) -> bool:
     if precision.casting == "op":
         return precision.compute_dtype != "fp8" and is_cast_by_autocast(module)
     return precision.casting == "module"
+
+
+def keeps_weights(module: nn.Module, parametrised: set[int]) -> bool:
+    """Whether a module's parameters must stay as wide as they are: what is computed from them is cast instead.
+
+    Args:
+        module: any module of the model.
+        parametrised: the ids of the modules within parametrisations.
+    """
+    renormalises = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    return renormalises or id(module) in parametrised
+
+
+def within_parametrisations(model: nn.Module) -> set[int]:
+    """The ids of the modules that are parts of a parametrisation."""
+    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
+    return {id(below) for module in lists for below in module.modules()}
 
 
 class Keeper(NamedTuple):

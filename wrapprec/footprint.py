@@ -10,42 +10,50 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import PolicyError, message, nearest
+from wrapprec.lowbit.forms import form_of
+from wrapprec.lowbit.sizes import FEWEST, code_bytes
 
 Shape = tuple[int, ...]
 
 
-def state_of(optimizer: Optimizer | type[Optimizer] | str) -> Callable[[Shape], float]:
-    """Say how many bytes of state an optimizer keeps for a float32 parameter, by having it step one without storage.
+def state_of(
+    optimizer: Optimizer | type[Optimizer] | str, bits: int | None = None
+) -> Callable[[Shape, torch.dtype, bool], float]:
+    """Say how many bytes of state an optimizer keeps for a parameter, by having it step one without storage.
 
     Args:
         optimizer: an optimizer, its class, or the name of one of torch's.
+        bits: what the state is quantised to, as `optimizer_bits`; None for as it is.
 
     Returns:
-        Bytes by shape; what is not on the parameter's device (step counters) is not counted.
+        Bytes, by shape, dtype, and whether the parameter is an embedding's; step counters are not counted.
 
     Raises:
         PolicyError: no optimizer of that name, or one whose state is not made parameter by parameter.
 
-    >>> state_of("AdamW")((10, 10)), state_of("SGD")((10, 10))
-    (800.0, 0.0)
+    >>> state_of("AdamW")((100, 100), torch.float32, False), state_of("AdamW", 8)((100, 100), torch.float32, False)
+    (80000.0, 20320.0)
     """
     make = _maker(optimizer)
 
     @functools.cache
-    def measure(shape: Shape) -> float:
+    def measure(shape: Shape, dtype: torch.dtype, embeds: bool) -> float:
         # Some read their own numbers on the host, which parameters without storage do not allow.
         for device in ("meta", "cpu"):
-            param = torch.nn.Parameter(torch.zeros(shape, device=device))
-            param.grad = torch.zeros(shape, device=device)
+            param = torch.nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+            param.grad = torch.zeros_like(param)
             try:
                 stepped = make(param)
                 stepped.step()
             except Exception as error:  # whatever somebody's optimizer raises
                 last = error
                 continue
-            state = stepped.state[param].values()
-            return float(sum(s.nbytes for s in state if isinstance(s, torch.Tensor) and s.shape != ()))
+            small = embeds or param.numel() < FEWEST or dtype not in MIXABLE
+            form = {} if bits is None or small else form_of(stepped, bits)
+            state = {key: s for key, s in stepped.state[param].items() if isinstance(s, torch.Tensor) and s.shape != ()}
+            return float(sum(code_bytes(bits or 0, s.numel()) if key in form else s.nbytes for key, s in state.items()))
         raise PolicyError(
             message(
                 "an optimizer whose state can be foreseen by one step of one parameter",

@@ -18,9 +18,8 @@ from wrapprec.current import thread
 from wrapprec.errors import WrapprecError, WrapprecWarning, message
 from wrapprec.hold import check_scheduler
 from wrapprec.lowbit.attach import follow_dtypes, keep_updates
-from wrapprec.lowbit.forms import embedded
 from wrapprec.lowbit.keep import load_kept, save_kept
-from wrapprec.lowbit.optimizer import LowBits, check, convert
+from wrapprec.lowbit.optimizer import LowBits, check, convert, embedded
 from wrapprec.lowbit.quantised import check_attached, originals
 from wrapprec.lowbit.rounding import Rounder
 from wrapprec.plan import Plan

@@ -17,13 +17,13 @@ from wrapprec import audit
 from wrapprec.backends.recording import is_graph
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
-from wrapprec.defaults import copies_weights
+from wrapprec.defaults import copies_weights, keeps_weights, within_parametrisations
 from wrapprec.dtypes import MIXABLE, REAL, is_low, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
 from wrapprec.fsdp import check_sharding
 from wrapprec.gathered import check_not_compiled
-from wrapprec.lowbit.convert import convert, keeps_weights, restore_copy, within_parametrisations
+from wrapprec.lowbit.convert import convert, restore_copy
 from wrapprec.lowbit.float8 import kernels
 from wrapprec.lowbit.products import Product
 from wrapprec.lowbit.quantised import adopt as adopt_quantised
@@ -158,7 +158,7 @@ def _resolve(model: nn.Module, request: Request) -> Plan:
         if len(doubles) > 1 or (compute == "fp8" and precision.param_dtype is not torch.float32):
             raise PolicyError(
                 message(
-                    "a policy that stores and computes in float64, or neither, and float32 weights under fp8",
+                    "float32 parameters under fp8, and float64 for parameters and computation or for neither",
                     f"{plan.policy}, which has {name(precision.param_dtype)} parameters, computing in {name(compute)}",
                     where=f"{placement.name!r} ({placement.module_type})",
                     remedy="use 64-true for float64, and fp8-mixed for fp8",

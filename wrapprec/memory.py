@@ -31,6 +31,7 @@ class Weight:
         trained: it requires grad.
         lent: the low precision dtype of a copy that a step holds until backward; None for no copy of its own.
         tied: it was counted at an earlier module.
+        embeds: it is an embedding's, whose optimizer state stays in 32 bits.
 
     >>> Weight("weight", (4, 2), torch.float32, True).elements
     8
@@ -42,16 +43,23 @@ class Weight:
     trained: bool
     lent: torch.dtype | None = None
     tied: bool = False
+    embeds: bool = False
+
+    def gradient(self, low: torch.dtype | None) -> int:
+        """Bytes of its `.grad`, which `low` is the dtype of where the weight's is low precision; None: as the weight.
+
+        >>> weight = Weight("w", (2,), torch.bfloat16, trained=True)
+        >>> weight.gradient(None), weight.gradient(torch.float32)
+        (4, 8)
+        """
+        if not self.trained or isinstance(self.dtype, str):
+            return 0
+        return self.elements * (low if low is not None and is_low(self.dtype) else self.dtype).itemsize
 
     @property
     def elements(self) -> int:
         """How many there are."""
         return math.prod(self.shape)
-
-    @property
-    def gradient(self) -> int:
-        """Bytes of its `.grad`."""
-        return self.elements * self.dtype.itemsize if self.trained and isinstance(self.dtype, torch.dtype) else 0
 
     @property
     def stored(self) -> float:
@@ -146,13 +154,16 @@ def _size(count: float) -> str:
     return f"{count:.4g} {unit}"
 
 
-def count(weights: Iterable[Weight], state: Callable[[Weight], float], master: int) -> Held:
+def count(
+    weights: Iterable[Weight], state: Callable[[Weight], float], master: int, grad_dtype: torch.dtype | None = None
+) -> Held:
     """Add up what weights take.
 
     Args:
         weights: tied ones count where they come first.
         state: bytes of the optimizer's state for a weight.
         master: bytes kept beside each element that is trained in low precision.
+        grad_dtype: of the gradients of low precision weights; None: as the weights.
 
     Returns:
         The bytes.
@@ -167,7 +178,7 @@ def count(weights: Iterable[Weight], state: Callable[[Weight], float], master: i
         elements=sum(weight.elements for weight in own),
         trained=sum(weight.elements for weight in trained),
         weights=sum(weight.stored for weight in own),
-        gradients=float(sum(weight.gradient for weight in trained)),
+        gradients=float(sum(weight.gradient(grad_dtype) for weight in trained)),
         state=float(sum(state(weight) for weight in trained)),
         master=float(sum(weight.elements * master for weight in trained if is_low(weight.dtype))),
         lent=float(sum(weight.elements * weight.lent.itemsize for weight in weights if weight.lent is not None)),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch.optim import Optimizer
 
 from wrapprec import dtypes
 from wrapprec.errors import PolicyError, message, nearest
 from wrapprec.footprint import state_of
 from wrapprec.lossscale import LossScale, read_scale, write_scale
-from wrapprec.memory import Memory, Weight, count, spread
+from wrapprec.memory import Held, Memory, Weight, count, spread
 from wrapprec.policy import Policy
 from wrapprec.precision import Precision, read_precision, write_precision
 
@@ -84,9 +85,23 @@ class Plan:
     facts: tuple[str, ...] = ()
 
     @property
-    def _master(self) -> int:
-        """Bytes kept beside each parameter that is trained in low precision: what Kahan's summation has to remember."""
-        return 2 if self.policy.rounding == "kahan" else 0
+    def rounding(self) -> str | None:
+        """How weights are rounded: as the policy says; where only rules store them in low precision, by `kahan`."""
+        if self.policy.rounding is not None or self.policy.param_dtype in dtypes.LOW:
+            return self.policy.rounding
+        return "kahan" if any(p.precision.param_dtype in dtypes.LOW for p in self.placements) else None
+
+    @property
+    def grad_dtype(self) -> torch.dtype | None:
+        """What gradients of low precision weights are kept in; None: as the weights."""
+        wanted = self.policy.grad_dtype
+        # True gradients are smaller than float16 reaches.
+        scaled = torch.float32 if self.loss_scale is not None and hasattr(torch.Tensor, "grad_dtype") else None
+        return scaled if wanted is None or isinstance(wanted, str) else wanted
+
+    def _held(self, placement: Placement, state: Callable[[Weight], float]) -> Held:
+        master = 2 if self.rounding == "kahan" else 0  # a remainder of 16 bits
+        return count(placement.weights, state, master, self.grad_dtype)
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Placement]:
@@ -124,12 +139,18 @@ class Plan:
         return self._by_name.get(name)
 
     def memory(
-        self, optimizer: Optimizer | type[Optimizer] | str = "AdamW", *, replicas: int = 1, shards: int = 1
+        self,
+        optimizer: Optimizer | type[Optimizer] | str = "AdamW",
+        *,
+        optimizer_bits: int | None = None,
+        replicas: int = 1,
+        shards: int = 1,
     ) -> Memory:
         """Predict what parameters take on each device: held, by kind, and sent in a step.
 
         Args:
             optimizer: an optimizer, its class, or the name of one of torch's; it is not touched.
+            optimizer_bits: as for `wrap`.
             replicas: how many copies of the model are trained together (DistributedDataParallel, or the outer
                 dimension of a hybrid mesh).
             shards: over how many devices each copy is spread (FSDP2).
@@ -138,7 +159,8 @@ class Plan:
             Bytes; with `module`, `params` and bytes for each parameter when printed. Activations are not counted.
 
         Raises:
-            PolicyError: the optimizer's state cannot be foreseen, or a number is not positive.
+            PolicyError: the optimizer's state cannot be foreseen, or has no form with so few bits, or a number is not
+                positive.
 
         >>> import torch, wrapprec
         >>> print(wrapprec.resolve(torch.nn.Linear(99, 10), "bf16-mixed").memory())
@@ -151,12 +173,15 @@ class Plan:
         for name, number in (("replicas", replicas), ("shards", shards)):
             if not isinstance(number, int) or number < 1:
                 raise PolicyError(message(f"a positive number of {name}", f"{number!r}", remedy="1 is a single device"))
-        state = state_of(optimizer)
-        held = tuple(
-            (placement.name, count(placement.weights, lambda weight: state(weight.shape), self._master))
-            for placement in self.placements
-            if placement.weights
-        )
+        measure, rounds = state_of(optimizer, optimizer_bits), self.rounding is not None
+
+        def state(weight: Weight) -> float:
+            # An optimizer is shown low precision weights as float32 ones where they are rounded by us.
+            shown = torch.float32 if rounds and weight.dtype in dtypes.LOW else weight.dtype
+            assert isinstance(shown, torch.dtype), "only what torch has a dtype for is trained"
+            return measure(weight.shape, shown, weight.embeds)
+
+        held = tuple((p.name, self._held(p, state)) for p in self.placements if p.weights)
         kinds = [(placement.name, placement.module_type) for placement in self.placements]
         return spread(held, kinds, self.policy.precision, replicas, shards)
 
@@ -172,7 +197,11 @@ class Plan:
             *(f"note        {note}" for note in self.notes),
             *(f"measured    {fact}" for fact in self.facts),
         ]
-        return "\n".join([*lines, "", *_table(self.placements, self._master)] if self.placements else lines)
+        return "\n".join(
+            [*lines, "", *_table(self.placements, [self._held(p, lambda weight: 0.0) for p in self.placements])]
+            if self.placements
+            else lines
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Turn into plain data that JSON can hold; the policy and its rules as text.
@@ -238,12 +267,11 @@ class Plan:
         )
 
 
-def _table(placements: tuple[Placement, ...], master: int) -> list[str]:
+def _table(placements: tuple[Placement, ...], held: list[Held]) -> list[str]:
     """Lay the placements out in columns as wide as their longest entry; numbers stand right.
 
     Bytes per parameter have columns where they are not 4 for each weight and its gradient.
     """
-    held = [count(placement.weights, lambda weight: 0.0, master) for placement in placements]
     with_bytes = any((h.weights, h.gradients, h.master) != (4 * h.elements, 4 * h.elements, 0) for h in held)
     bytes_of = ("weights B", "grads B", "master B") if with_bytes else ()
     rows = [("module", "class", "params", *bytes_of, "param", "compute", "output", "decided by")]

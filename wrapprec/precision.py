@@ -75,6 +75,8 @@ class Precision:
         >>> PRESETS["fp8-mixed"].surroundings == PRESETS["nf4"].surroundings == PRESETS["bf16-mixed"]
         True
         """
+        if self.compute_dtype != "fp8" and not dtypes.is_format(self.param_dtype):
+            return self
         param = F32 if dtypes.is_format(self.param_dtype) else self.param_dtype
         compute, recipe = (BF16, None) if self.compute_dtype == "fp8" else (self.compute_dtype, self.recipe)
         return replace(self, param_dtype=param, compute_dtype=compute, recipe=recipe)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wrapprec.lowbit.packages import bitsandbytes, torchao
+from wrapprec.lowbit.sizes import CODE_BLOCK
 
 Low = dict[str, Any]
 """A quantised tensor, in types that ``torch.load(weights_only=True)`` takes, and torch's optimizers leave alone.
@@ -17,7 +18,6 @@ They would make a generator's name of a string that they load.
 """
 
 _KEYS = {"codes", "absmax", "bits", "signed", "dtype"}
-_BLOCK = {8: 256, 4: 128}
 _SMALL = 2.0**-9
 
 WISH = {8: "optimizer_bits=8", 4: "optimizer_bits=4"}
@@ -104,12 +104,12 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 
 def _quantise_8(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     values = _map(signed, flat.device)
-    codes, state = bitsandbytes(WISH[8]).functional.quantize_blockwise(flat, code=values, blocksize=_BLOCK[8])
+    codes, state = bitsandbytes(WISH[8]).functional.quantize_blockwise(flat, code=values, blocksize=CODE_BLOCK[8])
     absmax: Tensor = state.absmax
     if _loses_small_values(flat.device):
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK[8])).view(-1, _BLOCK[8])
+        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[8])).view(-1, CODE_BLOCK[8])
         small = (blocks.abs() < (absmax * _SMALL).unsqueeze(1)).view(-1)[: flat.numel()].nonzero().squeeze(1)
-        ratio = flat[small] / absmax[small // _BLOCK[8]]
+        ratio = flat[small] / absmax[small // CODE_BLOCK[8]]
         codes[small] = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     return codes, absmax
 
@@ -117,7 +117,7 @@ def _quantise_8(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 def _dequantise_8(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     values = _map(signed, codes.device)
     flat: Tensor = bitsandbytes(WISH[8]).functional.dequantize_blockwise(
-        codes, absmax=absmax, code=values, blocksize=_BLOCK[8]
+        codes, absmax=absmax, code=values, blocksize=CODE_BLOCK[8]
     )
     return flat
 
@@ -130,9 +130,9 @@ def _loses_small_values(device: torch.device) -> bool:
     that never had a gradient would drift.
     """
     values = _map(True, device)
-    probe = torch.zeros(_BLOCK[8], device=device)
+    probe = torch.zeros(CODE_BLOCK[8], device=device)
     probe[0], probe[1] = 1.0, values[values > 0][1]
-    codes, _ = bitsandbytes(WISH[8]).functional.quantize_blockwise(probe, code=values, blocksize=_BLOCK[8])
+    codes, _ = bitsandbytes(WISH[8]).functional.quantize_blockwise(probe, code=values, blocksize=CODE_BLOCK[8])
     return not torch.equal(values[codes.int()], probe)
 
 
@@ -140,12 +140,12 @@ def _loses_small_values(device: torch.device) -> bool:
 
 
 def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK[4])).view(-1, _BLOCK[4])
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
     # torchao takes 1e-12 for the least scale, which is a large second moment.
     absmax = blocks.abs().amax(1)
     blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
     kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
-    state = kind.zeros((blocks.numel(),), signed, _BLOCK[4], flat.device)
+    state = kind.zeros((blocks.numel(),), signed, CODE_BLOCK[4], flat.device)
     state.copy_(blocks.view(-1))
     return state.codes, absmax
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from wrapprec.computed import computed_by_hooks
+from wrapprec.defaults import keeps_weights, within_parametrisations
 from wrapprec.dtypes import LOW, REAL, name
 from wrapprec.errors import PolicyError, WrapprecError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
 from wrapprec.lent import originals
-from wrapprec.lowbit.keep import Kept, mode_of
+from wrapprec.lowbit.keep import Kept
 from wrapprec.lowbit.words import split
 from wrapprec.plan import Plan
 from wrapprec.standin import forward_of
@@ -28,23 +28,6 @@ from wrapprec.undo import UndoStack
 
 _Found = tuple[str, Tensor, torch.dtype]
 """A tensor to convert: its qualified name, itself, and the dtype it is to have."""
-
-
-def keeps_weights(module: nn.Module, parametrised: set[int]) -> bool:
-    """Whether a module's parameters must stay as wide as they are: what is computed from them is cast instead.
-
-    Args:
-        module: any module of the model.
-        parametrised: the ids of the modules within parametrisations.
-    """
-    renormalises = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-    return renormalises or id(module) in parametrised
-
-
-def within_parametrisations(model: nn.Module) -> set[int]:
-    """The ids of the modules that are parts of a parametrisation."""
-    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
-    return {id(below) for module in lists for below in module.modules()}
 
 
 def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
@@ -67,7 +50,7 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     if not _stores(plan):
         return
     if shared.converted is None:
-        shared.converted = Kept(mode_of(plan))
+        shared.converted = Kept(plan.rounding)
     kept = shared.converted
     params = list(_wanted(model, plan, False))
     changing = [found for found in params if found[1].dtype is not found[2]]

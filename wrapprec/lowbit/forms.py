@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from wrapprec.errors import PolicyError, message
-from wrapprec.lent import originals
 
 Form = dict[str, bool]
 """The names of the state that is quantised; True for what has a sign."""
@@ -179,16 +176,3 @@ def _heeds_trust_ratio(name: str, device: torch.device) -> bool:
     moved: Tensor = (param.detach() - before).norm()
     # Adam's first step is 1 in each element, and momentum's is the gradient; both times 2**10 the norm of the weights.
     return bool(moved <= 2 * before.norm())
-
-
-# Parameters
-
-
-def embedded(roots: Iterable[weakref.ref[nn.Module] | None]) -> Iterator[Tensor]:
-    """The parameters of the embeddings below weakly held models: of their rows few move at a step, and these far."""
-    for root in roots:
-        model = None if root is None else root()
-        for module in () if model is None else model.modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                for below in module.modules():
-                    yield from (param for param in originals(below).values() if param is not None)

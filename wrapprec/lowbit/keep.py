@@ -12,7 +12,6 @@ from wrapprec.errors import PolicyError, message
 from wrapprec.lowbit.words import combine, round_by_chance, split
 
 if TYPE_CHECKING:
-    from wrapprec.plan import Plan
     from wrapprec.state import Shared
 
 
@@ -110,15 +109,6 @@ class Kept:
     def __getstate__(self) -> dict[str, Any]:
         # Generators do not pickle on every device; their states do.
         return {**self.__dict__, "_generators": {}, "_states": self._random()}
-
-
-def mode_of(plan: Plan) -> str | None:
-    """How the weights of a model are rounded: as the policy says; where only rules store low, updates are kept."""
-    policy = plan.policy
-    if policy.rounding is not None or policy.param_dtype in (torch.bfloat16, torch.float16):
-        return policy.rounding
-    low = any(p.precision.param_dtype in (torch.bfloat16, torch.float16) for p in plan.placements)
-    return "kahan" if low else None
 
 
 def forget_rests(models: Iterable[Shared]) -> None:

@@ -10,26 +10,24 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from wrapprec.dtypes import MIXABLE
 from wrapprec.errors import PolicyError, message
+from wrapprec.lent import originals
 from wrapprec.lowbit.codes import Low, dequantise, is_low, load_kernels, quantise, restore
 from wrapprec.lowbit.forms import check_foreign, check_group, check_plain, form_of, is_the_schedulers
 from wrapprec.lowbit.loading import Loading
+from wrapprec.lowbit.sizes import FEWEST
 from wrapprec.patch import function_of, patch
 from wrapprec.undo import UndoStack
 
-_FEWEST = 4096
-"""Elements of a tensor that is worth quantising; as in bitsandbytes."""
-
 _AT_ONCE = 2**24
 """Elements whose state is in 32 bits at one time, during a step; one larger parameter is stepped by itself."""
-
-_QUANTISED = (torch.float32, torch.float16, torch.bfloat16)
 
 _converted: weakref.WeakKeyDictionary[Optimizer, LowBits] = weakref.WeakKeyDictionary()
 
@@ -226,7 +224,7 @@ class LowBits:
                 state[key] = quantise(value, self.bits, signed)
 
     def _is_quantised(self, param: Tensor) -> bool:
-        if is_lazy(param) or param.numel() < _FEWEST or param.dtype not in _QUANTISED:
+        if is_lazy(param) or param.numel() < FEWEST or param.dtype not in MIXABLE:
             return False
         # Whoever shows the optimizer something else in a parameter's place, as rounding does, says so.
         param = getattr(param, "stands_for", param)
@@ -247,5 +245,15 @@ class LowBits:
         number = sum(map(self._is_quantised, params))
         return (
             f"{type(optimizer).__name__}: {', '.join(self.form)} in {self.bits} bits for {number} of {len(params)}"
-            f" parameters; embeddings and tensors of fewer than {_FEWEST:,} elements keep 32"
+            f" parameters; embeddings and tensors of fewer than {FEWEST:,} elements keep 32"
         )
+
+
+def embedded(roots: Iterable[weakref.ref[nn.Module] | None]) -> Iterator[Tensor]:
+    """The parameters of the embeddings below weakly held models: of their rows few move at a step, and these far."""
+    for root in roots:
+        model = None if root is None else root()
+        for module in () if model is None else model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                for below in module.modules():
+                    yield from (param for param in originals(below).values() if param is not None)

@@ -111,9 +111,11 @@ class Rounder:
 
     def _look_up(self, params: list[Tensor]) -> None:
         """Find the models, and the names, of low precision parameters that were not stepped before."""
-        if all(param.dtype not in LOW or id(param) in self._known for param in params):
+        # A frozen one has no remainder, and needs none.
+        trained = {id(p) for p in params if p.dtype in LOW and (p.requires_grad or p.grad is not None)}
+        wanted = trained - self._known.keys() - self._theirs
+        if not wanted:
             return
-        wanted = {id(param) for param in params if param.dtype in LOW} - self._known.keys() - self._theirs
         for model in self._models:
             for name, param in model.named_parameters():
                 if id(param) in wanted and model.converted is not None and model.converted.mode is not None:

@@ -18,6 +18,28 @@ FOUR_BITS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 """Formats of 4 bits an element; `-dq`: the scales are quantised to 8 bits, too."""
 
 
+FEWEST = 4096
+"""Elements of a parameter whose optimizer state is worth quantising; as in bitsandbytes."""
+
+CODE_BLOCK = {8: 256, 4: 128}
+"""Elements of optimizer state that share one scale, by bits: bitsandbytes' block, and torchao's."""
+
+
+def code_bytes(bits: int, count: int) -> int:
+    """Count the bytes of optimizer state that was quantised: codes, and a float32 for each block.
+
+    Args:
+        bits: 8 or 4.
+        count: of elements.
+
+    >>> code_bytes(8, 4096), code_bytes(4, 4096)
+    (4160, 2176)
+    """
+    blocks = -(-count // CODE_BLOCK[bits])
+    codes = count if bits == 8 else blocks * CODE_BLOCK[4] // 2  # codes of 4 bits come in whole blocks
+    return codes + 4 * blocks
+
+
 def stored_bytes(form: str, shape: Sequence[int]) -> int:
     """Count the bytes that a weight takes in a format, scales and tables included.
 
