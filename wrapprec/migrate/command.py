@@ -15,7 +15,7 @@ DESCRIPTION = "Rewrite training scripts from torch.amp, Apex amp or plain float3
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m wrapprec migrate", description=DESCRIPTION)
+    made = argparse.ArgumentParser(prog="wrapprec migrate", description=DESCRIPTION)
     made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a .py or .ipynb file, or a folder of them")
     made.add_argument("--write", action="store_true", help="edit the files; without it the difference is printed")
     made.add_argument("--check", action="store_true", help="exit with 1 if anything is left to do")
