@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from wrapprec.migrate.rewrite.source import Result, rewrite
 from wrapprec.migrate.rewrite.syntax import cst
 
 LEGACY = Path(__file__).parent / "legacy"
+
+ARGUMENTS = {"imagenet": ["--amp"], "references": ["--amp"], "fork": ["--fp16"]}
+"""What switches mixed precision on, where a script has a flag for it."""
+ENVIRONMENT = {"nanogpt": {"DTYPE": "bfloat16"}}
+OFF = {"nanogpt": {"DTYPE": "float32"}}
 
 
 def rewritten(source: str, policy: str = "auto") -> tuple[str, Result]:
@@ -66,3 +72,24 @@ def losses(source: str, arguments: list[str], environment: dict[str, str], patch
     with running(arguments, environment, patch), contextlib.redirect_stdout(printed):
         exec(compile(source, "script.py", "exec"), names)
     return [float(number) for number in re.findall(r"loss (-?[\d.]+|nan|inf)", printed.getvalue())]
+
+
+def float32_losses(path: Path, patch: pytest.MonkeyPatch) -> list[float]:
+    """The script's own curve in float32: with its flag off, or with autocast and scaler switched off inside."""
+    source = path.read_text("utf-8")
+    if path.stem.startswith("apex"):  # without Apex, which has no CPU form: its lines by hand
+        source = (LEGACY / "migrated" / path.name).read_text("utf-8").replace("wrapprec.wrap(", "wrapprec.wrap(*")
+        source = source.replace("wrap(*model, optimizer, args.opt_level", 'wrap(model, optimizer, "32-true"')
+        source = source.replace('wrap(*[netD, netG], [optimizerD, optimizerG], "O1"', "wrap([netD, netG]")
+        source = source.replace("wrap([netD, netG]", 'wrap([netD, netG], policy="32-true"')
+    if path.stem == "halves":
+        source = source.replace("half()", "float()")
+    plain = torch.amp.autocast_mode.autocast.__init__
+
+    def off(self: torch.autocast, device_type: str, dtype: object = None, enabled: bool = True, **rest: object) -> None:
+        plain(self, device_type, enabled=False)
+
+    with patch.context() as inner:
+        inner.setattr(torch.amp.autocast_mode.autocast, "__init__", off)
+        inner.setattr(torch.amp.GradScaler, "is_enabled", lambda self: False)
+        return losses(source, [], OFF.get(path.stem, {}), patch)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import wrapprec
 from wrapprec.migrate.apex.session import session as apex_session
-from wrapprec.migrate.find import roots_of
+from wrapprec.migrate.roots import roots_of
 from wrapprec.migrate.run import Session
 from wrapprec.migrate.script import Program, execute
 
@@ -153,7 +153,7 @@ SCRIPTS: dict[str, tuple[str, list[str]]] = {
         "    with amp.scale_loss(loss, optimizer) as scaled_loss:\n        scaled_loss.backward()\n"
         "    nn.utils.clip_grad_norm_(amp.master_params(optimizer), 0.1)\n    optimizer.step()\n"
         "    losses.append(loss.item())\nassert apex.amp is amp and apex.parallel is parallel",
-        [],
+        ["Net (58 p"],
     ),
 }
 
@@ -341,7 +341,52 @@ def test_script_that_wraps_its_models_itself_is_left_as_it_is(run: Any) -> None:
         "handle = wrapprec.wrap(model, optimizer, 'bf16-module')" + LOOP
     )
     ran = run(source, "16-mixed")
-    assert ran.labels == [] and str(ran.names["handle"].policy) == "bf16-module" and ran.said == []
+    assert str(ran.names["handle"].policy) == "bf16-module" and ran.said == []
+    assert ran.session.summary().splitlines()[0] == (
+        "wrapped Net (58 parameters, SGD): bf16-module, skipped steps 0, final loss scale none"
+    )
+
+
+def test_optimizer_that_a_script_made_for_its_own_wrapped_model_is_left_to_it(run: Any) -> None:
+    source = (
+        "import wrapprec\nmodel = Net()\nfirst = torch.optim.SGD(model.parameters(), lr=0.5)\n"
+        "handle = wrapprec.wrap(model, first, 'bf16-module')\nmodel(batches()[0][0])\n"
+        "optimizer = torch.optim.Adam(model.parameters(), lr=0.1)" + LOOP
+    )
+    ran = run(source, "16-mixed")
+    assert "step" not in vars(ran.names["optimizer"]) and len(ran.session.finder.found) == 1
+
+
+def test_model_whose_float32_copies_are_trained_is_left_alone_with_a_reason(run: Any) -> None:
+    source = (
+        "model = Net().half()\nmasters = [p.detach().clone().float().requires_grad_() for p in model.parameters()]\n"
+        "optimizer = torch.optim.SGD(masters, lr=0.5)\n"
+        "for x, y in batches():\n    loss = F.mse_loss(model(x.half()).float(), y)\n    model.zero_grad()\n"
+        "    loss.backward()\n    for p, m in zip(model.parameters(), masters): m.grad = p.grad.float()\n"
+        "    optimizer.step()\n    for p, m in zip(model.parameters(), masters): p.data.copy_(m.data)\n"
+        "    losses.append(loss.item())"
+    )
+    ran = run(source, "16-mixed")
+    assert ran.names["losses"] == _curve(source) and ran.session.summary() == ""
+    assert ran.said == [
+        "left Net (58 parameters) alone, because its parameters are float16, and no optimizer has them: its precision"
+        " is the script's own"
+    ]
+
+
+def test_search_over_models_keeps_none_of_them_and_is_told_in_one_line(run: Any) -> None:
+    source = (
+        "import gc, weakref\nrefs = []\ndef fold():\n    torch.manual_seed(0)\n    model = Net()\n"
+        "    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=FUSED)\n    for scale in (1e6, 1.0):\n"
+        "        optimizer.zero_grad()\n        (scale * model(batches()[0][0]).sum()).backward()\n"
+        "        optimizer.step()\n    refs.extend(map(weakref.ref, (model, optimizer, model.encoder.weight)))\n"
+        "for _ in range(3):\n    fold()\ngc.collect()\nalive = [ref() for ref in refs]"
+    )
+    for fused in ("False", "True"):  # counted on the host, and on the device
+        ran = run(source.replace("FUSED", fused), "16-mixed, init_scale=4096")
+        assert ran.names["alive"] == [None] * 9
+        lines = [line for line in ran.session.summary().splitlines() if line.startswith("wrapped")]
+        assert len(lines) == 1 and lines[0].endswith(", skipped steps 1, final loss scale 2048; 3 such models")
 
 
 def test_dry_run_prints_the_plan_and_ends_at_the_first_training_forward(

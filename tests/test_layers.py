@@ -34,7 +34,7 @@ LAYERS: dict[str, str] = {
     "tools": "migrate migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.amp migrate.apex.fp16_utils migrate.apex.multi_tensor_apply"
     " migrate.apex.normalization migrate.apex.optimizers migrate.apex.parallel migrate.apex"
-    " migrate.alias migrate.clock migrate.find migrate.script migrate.run"
+    " migrate.alias migrate.clock migrate.outcome migrate.roots migrate.find migrate.script migrate.run"
     " migrate.rewrite migrate.rewrite.syntax migrate.rewrite.names migrate.rewrite.facts"
     " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.apply migrate.rewrite.imports"
     " migrate.rewrite.place migrate.rewrite.skips migrate.rewrite.scalers migrate.rewrite.casts"

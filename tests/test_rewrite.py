@@ -11,18 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from rewriting import LEGACY, losses, rewritten
+from rewriting import ARGUMENTS, ENVIRONMENT, LEGACY, float32_losses, losses, rewritten
 
 import wrapprec
 import wrapprec.migrate.rewrite.facts as facts
 
 SCRIPTS = sorted(LEGACY.glob("*.py"))
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-
-ARGUMENTS = {"imagenet": ["--amp"], "references": ["--amp"], "fork": ["--fp16"]}
-"""What switches mixed precision on, where a script has a flag for it."""
-ENVIRONMENT = {"nanogpt": {"DTYPE": "bfloat16"}}
-OFF = {"nanogpt": {"DTYPE": "float32"}}
 
 
 def _comments(source: str) -> list[str]:
@@ -56,32 +51,11 @@ def _rewritten(path: Path) -> str:
     return rewritten(path.read_text("utf-8"))[0]
 
 
-def _float32(path: Path, patch: pytest.MonkeyPatch) -> list[float]:
-    """The script's own curve in float32: with its flag off, or with autocast and scaler switched off inside."""
-    source = path.read_text("utf-8")
-    if path.stem.startswith("apex"):  # without Apex, which has no CPU form: its lines by hand
-        source = (LEGACY / "migrated" / path.name).read_text("utf-8").replace("wrapprec.wrap(", "wrapprec.wrap(*")
-        source = source.replace("wrap(*model, optimizer, args.opt_level", 'wrap(model, optimizer, "32-true"')
-        source = source.replace('wrap(*[netD, netG], [optimizerD, optimizerG], "O1"', "wrap([netD, netG]")
-        source = source.replace("wrap([netD, netG]", 'wrap([netD, netG], policy="32-true"')
-    if path.stem == "halves":
-        source = source.replace("half()", "float()")
-    plain = torch.amp.autocast_mode.autocast.__init__
-
-    def off(self: torch.autocast, device_type: str, dtype: object = None, enabled: bool = True, **rest: object) -> None:
-        plain(self, device_type, enabled=False)
-
-    with patch.context() as inner:
-        inner.setattr(torch.amp.autocast_mode.autocast, "__init__", off)
-        inner.setattr(torch.amp.GradScaler, "is_enabled", lambda self: False)
-        return losses(source, [], OFF.get(path.stem, {}), patch)
-
-
 @every_script
 def test_a_rewritten_script_trains_in_mixed_precision_to_the_curve_of_float32(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    want = _float32(path, monkeypatch)
+    want = float32_losses(path, monkeypatch)
     policies: list[str] = []
     real = wrapprec.wrap
 

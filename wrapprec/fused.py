@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+class Skips:
+    """How many steps of an optimizer were skipped. Refers to nothing else, so that who keeps it keeps no model."""
+
+    def __init__(self) -> None:
+        self.on_host = 0
+        self.on_device: Tensor | None = None  # what only the device knows, float32, shape ()
+
+    def count(self, read: Callable[[Tensor], float]) -> int:
+        """All of them.
+
+        Args:
+            read: a tensor's value, on the host.
+        """
+        return self.on_host + (0 if self.on_device is None else int(read(self.on_device)))
 
 
 def is_fused(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from wrapprec.closure import GiveUp, Guard
 from wrapprec.errors import NonFiniteError
-from wrapprec.fused import flagged, is_fused, prepare_momentum
+from wrapprec.fused import Skips, flagged, is_fused, prepare_momentum
 from wrapprec.hold import Hold
 from wrapprec.patch import function_of, patch
 from wrapprec.resume import Restored
@@ -70,8 +70,7 @@ class Stepper:
         self.active = True
         # What only the device knows about fused steps, and what the host knows about the others.
         self._last: Tensor | bool = False
-        self._skipped_on_device: Tensor | None = None
-        self._skipped = 0
+        self.skips = Skips()
         self._holds: list[Hold] = []
         # When this optimizer stepped last, against the others.
         self.clock = 0
@@ -111,12 +110,11 @@ class Stepper:
     @property
     def skipped(self) -> int:
         """How many steps were skipped so far."""
-        on_device = 0.0 if self._skipped_on_device is None else self._read(self._skipped_on_device)
-        return self._skipped + int(on_device)
+        return self.skips.count(self._read)
 
     @skipped.setter
     def skipped(self, number: int) -> None:
-        self._skipped, self._skipped_on_device = number, None
+        self.skips.on_host, self.skips.on_device = number, None
 
     def _read(self, tensor: Tensor) -> float:
         return self._models[0].backend.read(tensor)[0]
@@ -212,7 +210,7 @@ class Stepper:
 
     def _note(self, skipped: bool) -> None:
         self._last = skipped
-        self._skipped += skipped
+        self.skips.on_host += skipped
         for hold in self._holds:
             hold.note(skipped)
 
@@ -226,8 +224,8 @@ class Stepper:
         with flagged(optimizer, skip):
             out = self._original(optimizer, *args, **kwargs)
         self._last = skip
-        so_far = self._skipped_on_device
-        self._skipped_on_device = skip if so_far is None else so_far + skip
+        so_far = self.skips.on_device
+        self.skips.on_device = skip if so_far is None else so_far + skip
         for hold in self._holds:
             hold.note(skip)
         self._steps += 1
@@ -238,7 +236,7 @@ class Stepper:
     def check_patience(self) -> None:
         """Read how many fused steps in a row were skipped: now and then, and when the handle is asked."""
         trained = [model for model in self._models if model.trained_by(self.owner)]
-        if trained and self._skipped_on_device is not None:
+        if trained and self.skips.on_device is not None:
             numbers = trained[0].backend.read(*counts(trained))
             self._reads_always |= judge_patience(trained, numbers)
 

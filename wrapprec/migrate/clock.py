@@ -34,19 +34,24 @@ class Clock:
             self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more. The thread is gone then: one that wakes up while the interpreter ends can abort the process."""
         self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, ident: int) -> None:
-        while not self._stopped.wait(_EVERY):
-            frame = sys._current_frames().get(ident)
-            if frame is None:
-                return
-            self.counts[where(frame)] += 1
+        # No name for the frame here: until the next look, it would keep alive what the script has dropped since.
+        while not self._stopped.wait(_EVERY) and (now := _look(ident)) is not None:
+            self.counts[now] += 1
 
     def __str__(self) -> str:
         total = sum(self.counts.values())
         return ", ".join(f"{what} {count / total:.0%}" for what, count in self.counts.most_common())
+
+
+def _look(ident: int) -> str | None:
+    frame = sys._current_frames().get(ident)
+    return None if frame is None else where(frame)
 
 
 _FORWARD = Forward._enter.__code__

@@ -7,13 +7,11 @@ and only as long: a script runs at full speed once its models are wrapped.
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,27 +22,14 @@ from torch.optim import Optimizer
 from wrapprec.dtypes import name
 from wrapprec.errors import WrapprecWarning
 from wrapprec.handle import Handle
+from wrapprec.migrate.outcome import Found
+from wrapprec.migrate.roots import params_of, roots_of
 from wrapprec.plan import resolve
 from wrapprec.step import inner_optimizers
 from wrapprec.wrap import handle_of, wrap
 
 _PATIENCE = 1000
 """Outermost calls of modules with parameters, none of them an optimizer's, before the watch ends."""
-
-
-@dataclass
-class Found:
-    """A model, or several that one optimizer trains, and what became of them.
-
-    Args:
-        label: for people: classes, parameters, optimizers.
-        handle: where they were wrapped.
-        reason: why they were left alone.
-    """
-
-    label: str
-    handle: Handle | None = None
-    reason: str | None = None
 
 
 class Finder:
@@ -63,6 +48,8 @@ class Finder:
         self.found: list[Found] = []
         self.when_wrapped: Callable[[], None] = lambda: None
         self._waiting: list[weakref.ref[Optimizer]] = []
+        self._scripts_own: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._said: set[str] = set()
         self._misses = 0
         self._inside = threading.local()
         self._lock = threading.RLock()
@@ -131,6 +118,7 @@ class Finder:
                 self._settle(module, mine)
             elif owned:
                 self._misses += 1
+                self._note_low(module)
             self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
             if not self._waiting or self._misses > _PATIENCE:
                 self._rest()
@@ -140,10 +128,8 @@ class Finder:
         mine = [optimizer for optimizer in optimizers if all(optimizer is not below for below in inner)]
         handle = handle_of(module)
         if handle is not None:
-            if any(found.handle is handle for found in self.found):
-                for optimizer in mine:
-                    handle.attach(optimizer)
-            return  # or else the script has wrapped it itself
+            self._join(handle, mine)
+            return
         roots = roots_of(module, params_of(mine))
         found = Found(_label(roots, mine))
         self.found.append(found)
@@ -158,11 +144,37 @@ class Finder:
         else:
             self.when_wrapped()
 
+    def _note_low(self, module: nn.Module) -> None:
+        """Say why a model is left alone that trains in low precision while the optimizer has copies of its weights."""
+        if low := low_of(module):
+            found = Found(_label([module], []))
+            found.reason = f"{low}, and no optimizer has them: its precision is the script's own"
+            line = f"left {found.label} alone, because {found.reason}"
+            if line not in self._said:
+                self._said.add(line)
+                self.found.append(found)
+                self.say(line)
+
+    def _join(self, handle: Handle, optimizers: list[Optimizer]) -> None:
+        """An optimizer turns up for a model that is wrapped: by us, or else by the script, or by Apex's API for it."""
+        known = next((found for found in self.found if found.handle is handle), None)
+        if known is not None:
+            for optimizer in optimizers if handle not in self._scripts_own else ():
+                handle.attach(optimizer)
+            known.wrapped(handle)
+            return
+        roots = [model.root() for model in handle._models if model.root is not None]
+        found = Found(_label([root for root in roots if root is not None], optimizers))
+        found.wrapped(handle)
+        self.found.append(found)
+        self._scripts_own.add(handle)
+        self.when_wrapped()
+
     def _wrap(self, found: Found, roots: list[nn.Module], optimizers: list[Optimizer]) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                found.handle = wrap(roots, optimizers, self.policy)
+                found.wrapped(wrap(roots, optimizers, self.policy))
             except Exception as error:  # `wrap` changed nothing, and the script goes on
                 received = [line for line in str(error).splitlines() if line.startswith("Received: ")]
                 text = received[0].removeprefix("Received: ") if received else f"{type(error).__name__}: {error}"
@@ -177,55 +189,12 @@ class Finder:
         return "\n\n".join(str(resolve(root, self.policy)) for root in roots)
 
 
-def params_of(optimizers: Iterable[Optimizer]) -> set[int]:
-    """The ids of the parameters that optimizers step."""
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
 def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
     sizes = {id(p): p.numel() for root in roots for p in root.parameters() if not is_lazy(p)}
     number = sum(sizes.values())
     models = " and ".join(type(root).__name__ for root in roots)
-    return f"{models} ({number:,} parameters, {' and '.join(type(o).__name__ for o in optimizers)})"
-
-
-def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | None = None) -> list[nn.Module]:
-    """Find the models that own an optimizer's parameters.
-
-    Args:
-        module: one that is called, and owns some of them.
-        needed: the ids of all of them.
-        live: where to look for others; None: every module that there is in this process.
-
-    Returns:
-        The module itself if it owns them all. Otherwise the smallest module around it that owns the most of them, and
-        others for the rest.
-
-    >>> encoder, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
-    >>> optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.1)
-    >>> roots_of(encoder, params_of([optimizer])) == [encoder, decoder]
-    True
-    """
-    owned = {id(param) for param in module.parameters()}
-    if needed <= owned:
-        return [module]
-    if live is None:
-        # `type`, not `isinstance`: lazy proxies would be woken up. Some were never built to the end.
-        live = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
-    owners = [(one, {id(p) for p in one.parameters()}, {id(m) for m in one.modules()}) for one in live]
-    around = [owner for owner in owners if id(module) in owner[2]]
-    roots = [_best(around, needed)]
-    while rest := needed - set().union(*(root[1] for root in roots)):
-        taken = set().union(*(root[2] for root in roots))
-        others = [o for o in owners if o[1] & rest and not o[2] & taken]
-        if not others:
-            break
-        roots.append(_best(others, rest))
-    return [root[0] for root in roots]
-
-
-def _best(owners: list[Any], needed: set[int]) -> Any:
-    return min(owners, key=lambda owner: (-len(owner[1] & needed), len(owner[1]), len(owner[2])))
+    names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
+    return f"{models} ({number:,} parameters{', ' * bool(names)}{names})"
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -238,9 +207,8 @@ def why_not(module: nn.Module) -> str | None:
     kinds = {param.device.type for param in params}
     if any(_is_autocast_on(kind) for kind in kinds):
         return "the script calls it under torch.autocast: its precision is the script's own"
-    low = {param.dtype for param in params if param.requires_grad} - {torch.float32}
-    if low:
-        return f"its parameters are {' and '.join(sorted(map(name, low)))}: its precision is the script's own"
+    if low := low_of(module):
+        return f"{low}: its precision is the script's own"
     for one in module.modules():
         home = type(one).__module__
         if home.startswith(("deepspeed.", "torch.distributed.fsdp.fully_sharded_data_parallel")):
@@ -249,6 +217,13 @@ def why_not(module: nn.Module) -> str | None:
     if getattr(getattr(apex, "opt_properties", None), "enabled", False):
         return "the installed Apex patches torch for it"
     return None
+
+
+def low_of(module: nn.Module) -> str:
+    """Say in which dtypes a model trains where that is not float32; nothing where it is."""
+    low = {param.dtype for param in module.parameters() if param.is_floating_point() and param.requires_grad}
+    low -= {torch.float32}
+    return f"its parameters are {' and '.join(sorted(map(name, low)))}" if low else ""
 
 
 def _is_autocast_on(kind: str) -> bool:

@@ -13,6 +13,7 @@ from wrapprec.errors import PolicyError, WrapprecError
 from wrapprec.migrate.alias import ApexFinder
 from wrapprec.migrate.clock import Clock
 from wrapprec.migrate.find import Finder
+from wrapprec.migrate.outcome import tell
 from wrapprec.migrate.script import Program, execute
 from wrapprec.policy import Policy
 
@@ -81,15 +82,7 @@ class Session:
 
     def summary(self) -> str:
         """What was wrapped, and what came of it."""
-        lines = []
-        for found in self.finder.found:
-            if found.handle is None:
-                continue  # said when it was left alone
-            policies = " and ".join(dict.fromkeys(str(plan.policy) for plan in found.handle.plans))
-            scaled = any(plan.loss_scale is not None for plan in found.handle.plans)
-            scale = " and ".join(f"{scale:g}" for scale in found.handle.scales) if scaled else "none"
-            skipped = found.handle.state_dict()["skipped_steps"]
-            lines.append(f"wrapped {found.label}: {policies}, skipped steps {skipped}, final loss scale {scale}")
+        lines = tell(self.finder.found)
         if lines and sum(self.clock.counts.values()) >= _ENOUGH:
             lines.append(f"time since then: {self.clock}")
         if not lines and not self.finder.found and not self._has_children:  # they say so themselves
