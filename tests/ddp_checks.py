@@ -837,6 +837,50 @@ def accelerator_keeps_everything_true(policy: str) -> None:
 
 
 @check
+def accelerator_that_has_prepared_before_wrap_keeps_everything_true(policy: str) -> None:
+    """What `prepare` returns is given to `wrap`, the scheduler that was built on it too, or a later optimizer's."""
+    scales = policy.startswith("16")
+    for attached in (False, True):
+        with launched() as accelerate:
+            accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+            model = net()
+            model.extra = nn.Identity()
+            ddp, adam = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+            schedule = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)
+            options: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+            handle = wrapprec.wrap(ddp, *(() if attached else (adam,)), policy=policy, **options)
+            handle.attach(adam, schedule)
+            wanted = {k: g / 2 for k, g in reference([data(0), data(1)]).items() if g is not None}
+            for overflow in (False, True):
+                for step in range(2):
+                    with accelerator.accumulate(ddp):
+                        x, y = data(step)
+                        bad = scales and overflow and step == dist.get_rank() == 0
+                        accelerator.backward(F.mse_loss(ddp(mine(x)), mine(y)) * (2.0**24 if bad else 1.0))
+                        if accelerator.sync_gradients:
+                            if not overflow:
+                                near(grads(model), wanted, tolerance(policy))
+                            hide_overflow(model)
+                        adam.step()
+                        adam.zero_grad()
+                schedule.step()
+                agreed(handle, model)
+                assert handle.step_was_skipped is (scales and overflow)
+            assert schedule.get_last_lr() == [0.01 * 0.5 ** (1 if scales else 2)]
+            folders = [tempfile.mkdtemp()]
+            dist.broadcast_object_list(folders)
+            accelerator.save_state(folders[0])
+            saved = handle.state_dict()
+            if scales:
+                handle.load_state_dict({**saved, "scales": [{**saved["scales"][0], "scale": 2.0}], "skipped_steps": 9})
+            accelerator.wait_for_everyone()
+            accelerator.load_state(folders[0])
+            assert handle.state_dict() == saved
+            handle.unwrap()
+            assert not {"step", "zero_grad"} & adam.optimizer.__dict__.keys()
+
+
+@check
 def accelerator_with_a_precision_of_its_own_is_refused(policy: str) -> None:
     with launched() as accelerate:
         accelerate.Accelerator(cpu=True, mixed_precision="bf16")

@@ -349,6 +349,37 @@ def ignored_parameters_are_lent_as_usual(policy: str) -> None:
 
 
 @check
+def blocks_can_be_sharded_without_the_model_around_them(policy: str) -> None:
+    """FSDP then begins inside forward, later than the border of the loss scale."""
+    for told in (wrapprec.fsdp_policy(policy), PLAIN):
+        model, plain = net(), net()
+        wanted = reference(plain, [data()])
+        for block in model.blocks:
+            fully_shard(block, mp_policy=told)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = wrapprec.wrap(model, optimizer, policy, **scale_of(policy))
+        for bad in (False, True):
+            optimizer.zero_grad()
+            before = weights(model)
+            backward(model, factor=2.0**127 if bad and dist.get_rank() == 1 else 1.0)
+            for param in model.parameters():
+                if not hasattr(param, "full_tensor"):  # nobody else reduces it
+                    assert param.grad is not None
+                    dist.all_reduce(param.grad)
+                    param.grad /= dist.get_world_size()
+            if not bad:
+                near(grads(model), wanted, tolerance(policy))
+            hide_overflow(model)
+            optimizer.step()
+            agreed(handle, model)
+            skipped = bad and policy.startswith("16")
+            assert handle.step_was_skipped is skipped
+            unmoved = [torch.equal(old, new) for old, new in zip(before, weights(model), strict=True)]
+            assert all(unmoved) if skipped else not any(unmoved)
+        handle.unwrap()
+
+
+@check
 def norms_compute_in_float32(policy: str) -> None:
     """Though their weights were sent with those of their block; with a `fully_shard` of their own they are not."""
     seen: list[tuple[str, torch.dtype]] = []

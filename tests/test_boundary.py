@@ -12,7 +12,7 @@ from wrapprec import LossScale, ScaleLeakError
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Leave, Lend
 from wrapprec.bucket import Bucket
-from wrapprec.flags import check_and_scale_
+from wrapprec.flags import check_and_scale_, scalar
 from wrapprec.scale import Scaler
 
 S = 8.0
@@ -116,6 +116,40 @@ def test_check_multiplies_in_place_and_finds_inf_and_nan(dtype: torch.dtype) -> 
     flags = check_and_scale_([good], torch.tensor(0.5))
     assert [f.item() for f in flags] == [0] and good.tolist() == [0.5] * 3 and flags[0].dtype == torch.float32
     assert max(f.item() for f in check_and_scale_([good, bad], torch.tensor(1.0))) == 1
+
+
+def test_bfloat16_is_multiplied_in_float32_without_the_kernel_that_cuda_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def on_cuda(grads: list[torch.Tensor], flag: torch.Tensor, factor: torch.Tensor) -> None:
+        if any(grad.dtype is torch.bfloat16 for grad in grads):
+            raise NotImplementedError('"_amp_foreach_non_finite_check_and_unscale_cuda" not implemented for BFloat16')
+        kernel(grads, flag, factor)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", on_cuda)
+    numbers = torch.linspace(1.0, 2.0, 100).to(torch.bfloat16)
+    grads = [numbers.clone(), torch.tensor([1.0, float("inf")], dtype=torch.bfloat16)]
+    # 1/1000 is no bfloat16 number: rounded before the product, some of the hundred would be off.
+    assert [flag.item() for flag in check_and_scale_(grads, torch.tensor(1e-3))] == [1]
+    assert torch.equal(grads[0], (numbers.float() * 1e-3).to(torch.bfloat16))
+    assert not torch.equal(grads[0], numbers * torch.tensor(1e-3).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("to", "waits"), [("cpu", True), ("meta", False)])
+def test_host_waits_for_numbers_that_it_gets_from_a_device_and_for_no_others(
+    monkeypatch: pytest.MonkeyPatch, to: str, waits: bool
+) -> None:
+    # A copy to the host that nobody waits for goes to pinned memory, and is read before it is there.
+    seen = []
+
+    def spy(number: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        seen.append(non_blocking)
+        return torch.zeros((), device=device)
+
+    number = torch.ones((), device="meta" if to == "cpu" else "cpu")
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    assert scalar(number, torch.ones(2, device=to)).device.type == to
+    assert seen == [not waits]
 
 
 def test_memory_of_past_backwards_is_bounded(border: Border) -> None:

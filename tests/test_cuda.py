@@ -166,6 +166,8 @@ def test_whole_step_in_a_graph_trains_as_without(policy, form):
     assert losses[0][0] != losses[0][-1]
 
 
+# Nothing was recorded before the error, and torch says so when it leaves the context.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("what", ["forward", "step"])
 def test_graph_under_a_loss_scale_is_refused(what):
     model, x = make(), torch.randn(32, 64, device="cuda")
@@ -213,6 +215,57 @@ def test_overflow_skips_and_lowers_the_scale_on_cuda(form):
     optimizer.step()
     assert handle.step_was_skipped and handle.scale == 2.0**23
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}])
+def test_bfloat16_weights_in_a_float16_model_have_true_gradients_and_skip(form):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 16)).cuda(), torch.randn(32, 64, device="cuda")
+    model(x).square().mean().backward()
+    true = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model], lr=1e-3, **form)
+    handle = wrap(model, optimizer, "16-mixed", rules=[("1", "bf16-true")], loss_scale=1000.0)
+    model(x).square().mean().backward()
+    for param, grad in zip(model.parameters(), true, strict=True):
+        # Six roundings of bfloat16, of 2**-9 each.
+        assert (param.grad.float() - grad).norm() <= 6 * 2**-9 * grad.norm()
+    before = [p.detach().clone() for p in model.parameters()]
+    (model(x) * torch.inf).sum().backward()
+    optimizer.step()
+    assert handle.step_was_skipped
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_host_waits_for_flags_and_scales_that_come_from_the_device():
+    # An embedding too large for the device: the loss scale is where the first parameter is.
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.here, self.there = nn.Embedding(8, 16), nn.Linear(16, 4).cuda()
+
+        def forward(self, x):
+            return self.there(self.here(x).cuda())
+
+    def slow(grad):
+        # The device is half a second behind the host when the flag is asked for.
+        torch.cuda._sleep(10**9)
+        return grad * torch.inf
+
+    torch.manual_seed(0)
+    model, x = Split(), torch.arange(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wrap(model, optimizer, "16-mixed", loss_scale=2.0**10)
+    for bad in (False, True):
+        optimizer.zero_grad()
+        out = model(x)
+        if bad:
+            out.register_hook(slow)
+        out.sum().backward()
+        for param in model.parameters():
+            param.grad.nan_to_num_().clamp_(-1, 1)
+        optimizer.step()
+        assert handle.step_was_skipped is bad
 
 
 def test_auto_takes_bfloat16_where_the_device_has_it():

@@ -23,7 +23,7 @@ LAYERS: dict[str, str] = {
     "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.base backends.cpu"
     " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable lowbit.forms"
     " footprint memory placement fits walk plan fsdp",
-    "state": "current levels standin lent bucket scale border flags boundary ranks schedule audit diagnose state",
+    "state": "current levels standin lent flags bucket scale border boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
     " region forward",

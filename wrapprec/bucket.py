@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from wrapprec.dtypes import LOW
+from wrapprec.flags import scalar
 from wrapprec.sharded import local
 
 _recording = threading.RLock()
@@ -97,7 +98,7 @@ class Bucket:
         self.tasks = {other for other in self.tasks if other in running} | {task}
         self.pending = True
         for flag in flags:
-            here = flag if flag.device == self.found.device else flag.to(self.found.device, non_blocking=True)
+            here = scalar(flag, self.found)
             torch.maximum(self.found, here, out=self.found)
             torch.maximum(seen, here, out=seen)
         known = {id(p) for p in self.params}

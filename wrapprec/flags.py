@@ -11,8 +11,9 @@ from wrapprec.sharded import local
 
 
 def scalar(number: Tensor, like: Tensor) -> Tensor:
-    """A number where a tensor is."""
-    return number if number.device == like.device else number.to(like.device, non_blocking=True)
+    """A number where a tensor is: the host waits for one that it gets itself, and for no other."""
+    # Not waited for, it would be read before it is there: what a copy to the host is made into is pinned memory.
+    return number if number.device == like.device else number.to(like.device, non_blocking=not like.is_cpu)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -42,9 +43,13 @@ def check_and_scale_(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     for grad in grads:
         groups.setdefault((grad.device, grad.dtype), []).append(grad)
     flags = []
-    for (device, _), group in groups.items():
+    for (device, dtype), group in groups.items():
         flag = torch.zeros((), dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(group, flag, scalar(factor, group[0]))
+        # CUDA's kernel takes no bfloat16 (torch 2.13), and nothing else keeps the factor in float32.
+        wide = [grad.float() for grad in group] if dtype is torch.bfloat16 else group
+        torch._amp_foreach_non_finite_check_and_unscale_(wide, flag, scalar(factor, flag))
+        if wide is not group:
+            torch._foreach_copy_(group, wide)
         flags.append(flag)
     return flags
 
@@ -58,5 +63,5 @@ def non_finite(grads: list[Tensor], device: torch.device) -> Tensor:
     flags += [1.0 - torch.isfinite(g).all().to(torch.float32) for g, fit in zip(dense, fits, strict=True) if not fit]
     found = torch.zeros((), dtype=torch.float32, device=device)
     for flag in flags:
-        found = torch.maximum(found, flag.to(device, non_blocking=True))
+        found = torch.maximum(found, scalar(flag, found))
     return found

@@ -22,6 +22,7 @@ from wrapprec.lowbit.keep import load_kept, save_kept
 from wrapprec.lowbit.optimizer import LowBits, check, convert, embedded
 from wrapprec.lowbit.quantised import check_attached, originals
 from wrapprec.lowbit.rounding import Rounder
+from wrapprec.patch import beneath
 from wrapprec.plan import Plan
 from wrapprec.policy import Policy
 from wrapprec.prepared import follow
@@ -155,6 +156,7 @@ class Handle:
                     remedy="pass the optimizer object itself, or a sequence of them",
                 )
             )
+        optimizer = beneath(optimizer)
         if scheduler is not None:
             check_scheduler(scheduler, [optimizer])
         if not self._models:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wrapprec.errors import message
+from wrapprec.patch import beneath
 from wrapprec.undo import UndoStack
 
 
@@ -89,7 +90,7 @@ def check_scheduler(scheduler: Any, optimizers: list[Optimizer]) -> None:
     Raises:
         ValueError: it does not, so that it could not be held when that optimizer's steps are skipped.
     """
-    theirs = getattr(scheduler, "optimizer", None)
+    theirs = beneath(getattr(scheduler, "optimizer", None))
     if theirs is not None and all(theirs is not optimizer for optimizer in optimizers):
         raise ValueError(
             message(

@@ -44,3 +44,16 @@ def patch(optimizer: Optimizer, name: str, function: Callable[..., Any], undo: U
             alive.__dict__[name] = types.MethodType(before, alive) if bound else before
 
     undo.push(put_back)
+
+
+def beneath(optimizer: Any) -> Any:
+    """The optimizer that does the work of one that an Accelerator has prepared, which is a shell; any other itself.
+
+    A shell is an Optimizer to `isinstance` only: it was never initialised as one, and has no hooks.
+    """
+    while not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    return optimizer

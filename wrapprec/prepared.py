@@ -10,6 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from wrapprec.errors import WrapprecError, message
+from wrapprec.patch import beneath
+from wrapprec.ranks import alive
 from wrapprec.undo import UndoStack
 
 
@@ -39,28 +41,42 @@ def check_accelerators() -> None:
     Raises:
         WrapprecError: it is on.
     """
+    if _is_in_use():
+        check_precision(sys.modules["accelerate.state"].AcceleratorState())
+
+
+def _is_in_use() -> bool:
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    if state is not None and state._shared_state:
-        check_precision(state())
+    return state is not None and bool(state._shared_state)
+
+
+def _kind() -> Any:
+    return getattr(sys.modules.get("accelerate"), "Accelerator", None)
+
+
+def _register(accelerator: Any, handle: Any) -> None:
+    if all(registered is not handle for registered in accelerator._custom_objects):
+        accelerator.register_for_checkpointing(handle)
 
 
 def follow(optimizer: Optimizer, handle: Any, undo: UndoStack) -> None:
-    """Have `handle` saved and loaded by whichever Accelerator prepares `optimizer`.
+    """Have `handle` saved and loaded by whichever Accelerator prepares `optimizer`, or has prepared it.
 
     Preparing loads the optimizer's own state into it: that is when the Accelerator can be seen, among the callers.
     """
+    for accelerator in alive(_kind()) if _is_in_use() else ():
+        if any(beneath(prepared) is optimizer for prepared in accelerator._optimizers):
+            _register(accelerator, handle)
     meet = functools.partial(_meet, weakref.ref(handle))
     undo.push(optimizer.register_load_state_dict_post_hook(meet).remove)
 
 
 def _meet(handle: weakref.ref[Any], optimizer: Optimizer) -> None:
-    kind = getattr(sys.modules.get("accelerate"), "Accelerator", None)
-    known, frame = handle(), sys._getframe(1)
+    kind, known, frame = _kind(), handle(), sys._getframe(1)
     while kind is not None and known is not None and frame is not None:
         accelerator = frame.f_locals.get("self")
         if isinstance(accelerator, kind):
             check_precision(accelerator)
-            if all(registered is not known for registered in accelerator._custom_objects):
-                accelerator.register_for_checkpointing(known)
+            _register(accelerator, known)
             return
         frame = frame.f_back  # type: ignore[assignment]  # None at the end

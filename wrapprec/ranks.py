@@ -80,7 +80,7 @@ class Ranks:
         if self._searched or self.ddps or self._meshes:
             return
         self._searched = True
-        for ddp in _alive(DDP):
+        for ddp in alive(DDP):
             if any(id(param) in ids for param in ddp.parameters()):
                 self.add(ddp)
 
@@ -110,7 +110,7 @@ class Ranks:
             return False
         known, contexts = self._joins.get(id(ddp), (None, []))
         if known is not config:
-            made = [join for join in _alive(Join) if any(one is ddp for one in join._joinables)]
+            made = [join for join in alive(Join) if any(one is ddp for one in join._joinables)]
             contexts = [weakref.ref(join) for join in made]
             self._joins[id(ddp)] = config, contexts
         return any(context() is not None for context in contexts)
@@ -127,7 +127,8 @@ class Ranks:
         self.__init__()  # type: ignore[misc]  # restores exactly what __init__ sets
 
 
-def _alive(kind: type) -> list[Any]:
+def alive(kind: type) -> list[Any]:
+    """All objects of a class that the garbage collector knows."""
     # `isinstance` would wake up proxies.
     return [one for one in gc.get_objects() if issubclass(type(one), kind)]
 

@@ -61,7 +61,9 @@ class Managed:
     def dtype(self) -> torch.dtype:
         """Of the whole weight that forward gets."""
         of = self._fsdp_param
-        dtype: torch.dtype = of.param_dtype or of.mp_policy.param_dtype or of.sharded_param.dtype
+        # FSDP knows it from its first forward on, which is later than ours where no `fully_shard` is around the model.
+        known = getattr(of, "param_dtype", None)
+        dtype: torch.dtype = known or of.mp_policy.param_dtype or of.sharded_param.dtype
         return dtype
 
     @property

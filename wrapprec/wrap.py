@@ -17,6 +17,7 @@ from wrapprec.install import adopt, install
 from wrapprec.lowbit.keep import forget_rests
 from wrapprec.lowbit.optimizer import check
 from wrapprec.lowbit.quantised import release
+from wrapprec.patch import beneath
 from wrapprec.policy import Policy
 from wrapprec.prepared import check_accelerators
 from wrapprec.rule import Rule
@@ -72,7 +73,7 @@ def wrap(
     >>> handle.unwrap()
     """
     models = _sequence(model, nn.Module, "model")
-    optimizers = [] if optimizer is None else _sequence(optimizer, Optimizer, "optimizer")
+    optimizers = [] if optimizer is None else [beneath(one) for one in _sequence(optimizer, Optimizer, "optimizer")]
     schedulers = [] if scheduler is None else _list(scheduler)
     for one_scheduler in schedulers:
         check_scheduler(one_scheduler, optimizers)
@@ -93,7 +94,7 @@ def wrap(
         if not optimizers:
             forget_rests(installed)
         for one_optimizer in optimizers:
-            mine = [s for s in schedulers if getattr(s, "optimizer", one_optimizer) is one_optimizer]
+            mine = [s for s in schedulers if beneath(getattr(s, "optimizer", one_optimizer)) is one_optimizer]
             handle.attach(one_optimizer)
             for one_scheduler in mine:
                 handle.attach(one_optimizer, one_scheduler)
