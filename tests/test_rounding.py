@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -457,6 +460,75 @@ def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         assert same(whole, parts)
         assert len(calls) == 5 * 3, "32 elements; then 8, the norm and 16; then 2"
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_float32_copies_are_of_one_part_at_a_time(
+    bits: int | None, scheduled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(rounding, "PART", 64 * 64)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    wrapprec.wrap(model, optimizer, "bf16-true", optimizer_bits=bits)
+    model(torch.ones(1, 64)).sum().backward()
+    elements: list[int] = []
+    own = torch.optim.AdamW._init_group
+
+    def spy(self: Any, group: dict[str, Any], *args: Any) -> Any:
+        elements.append(sum(p.numel() for p in group["params"]))
+        return own(self, group, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", spy)
+    optimizer.step()
+    assert elements == [64 * 64] * 4
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_step_that_somebody_replaced_is_called_once_in_float32(
+    scheduled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "PART", 1)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    calls: list[int] = []
+    inner = optimizer.step
+
+    @functools.wraps(getattr(inner, "__func__", inner))
+    def step(*args: Any) -> Any:
+        calls.append(len(optimizer.param_groups[0]["params"]))
+        return inner(*args)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    wrapprec.wrap(model, optimizer, "bf16-true")
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert calls == [len([*model.parameters()])]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("policy", ["bf16-true", "16-true,output=float32,loss_scale=dynamic"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_optimizer_that_is_dropped_is_freed(policy: str, bits: int | None, scheduled: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    handle = wrapprec.wrap(model, optimizer, policy, optimizer_bits=bits)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    handle.unwrap()
 
 
 def test_step_hooks_run_once_a_step() -> None:
