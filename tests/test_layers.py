@@ -18,7 +18,7 @@ PACKAGE = Path(wrapprec.__file__).parent
 # before it in its own layer.
 LAYERS: dict[str, str] = {
     "leaves": "errors undo",
-    "values": "dtypes tree reach sharded cast lowbit lowbit.packages lowbit.sizes",
+    "values": "dtypes tree reach hooked sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
     "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.base backends.cpu"
     " backends.cuda backends.xla backends.generic backends.select defaults lowbit.quantisable lowbit.forms"

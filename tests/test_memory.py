@@ -190,6 +190,40 @@ def test_bytes_of_a_mix_are_printed_by_module() -> None:
     assert rows["down"] == ["4", "4", "0"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("policy", ["bf16-true", "16-true"])
+def test_weights_that_hooks_compute_others_from_are_planned_as_wide_as_they_stay(policy: str) -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 96)), nn.Linear(96, 64))
+    foreseen = wrapprec.resolve(model, policy).memory()
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = wrapprec.wrap(model, optimizer, policy)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    (kept,) = handle.state_dict()["rounding"]
+    assert foreseen.weights == bytes_of(model.parameters())
+    assert foreseen.gradients == bytes_of(p.grad for p in model.parameters())
+    assert foreseen.master == bytes_of(kept["rests"].values())
+
+
+def test_weights_that_have_the_dtype_they_compute_in_are_not_lent() -> None:
+    model = llama()
+    assert wrapprec.resolve(model, "bf16-true").memory().lent == 0
+    assert wrapprec.resolve(model, "bf16-module").memory().lent > 0
+
+
+def test_quantised_weights_are_not_planned_for_many_devices() -> None:
+    plan = wrapprec.resolve(nn.Linear(64, 64).requires_grad_(False), "nf4")
+    with pytest.raises(PolicyError) as raised:
+        plan.memory(shards=2)
+    assert str(raised.value) == (
+        "Expected weights of torch's dtypes, to be spread over several devices.\n"
+        "Received: quantised ones, and shards=2\n"
+        "Where: ''\n"
+        "Remedy: leave shards out: every device holds all of them"
+    )
+    assert plan.memory(replicas=2).weights == plan.memory().weights
+
+
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Adafactor", "Muon", "ASGD"])
 def test_the_state_of_an_optimizer_is_foreseen_by_its_class(kind: str) -> None:
     shape = (48, 64)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.optim import Optimizer
 import wrapprec
 from wrapprec import StepError, WrapprecWarning
 from wrapprec.lowbit import rounding
+from wrapprec.lowbit.codes import quantise
 from wrapprec.lowbit.words import combine, split
 
 BF16 = torch.bfloat16
@@ -233,6 +237,63 @@ def test_state_in_few_bits_is_as_of_float32_weights(bits: int) -> None:
     optimizers[1].step()
 
 
+@pytest.mark.parametrize("saved", ["32-true", "bf16-true", "bf16-true,rounding=none"])
+@pytest.mark.parametrize("saved_bits", [None, 8])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_any_checkpoint_goes_on_as_quantised_state_of_float32_weights(kind: str, saved: str, saved_bits: Any) -> None:
+    """It is quantised from the numbers that were saved, and means float32 numbers to the optimizer."""
+    pytest.importorskip("bitsandbytes")
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    name = "momentum_buffer" if kind == "SGD" else "exp_avg"
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(64, 128)
+        return model, getattr(torch.optim, kind)(model.parameters(), lr=1e-3, **options)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(param.dtype)
+        optimizer.step()
+
+    first, before = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the rounding that loses small updates
+        wrapprec.wrap(first, before, saved, optimizer_bits=saved_bits)
+    step(first, before)
+    checkpoint = copy.deepcopy(before.state_dict())
+    model, optimizer = build()
+    wrapprec.wrap(model, optimizer, "bf16-true", optimizer_bits=8)
+    optimizer.load_state_dict(checkpoint)
+    held, given = optimizer.state[model.weight][name], before.state[first.weight][name]
+    expected = given if saved_bits else quantise(given.float(), 8, True)
+    assert held["dtype"] is torch.float32
+    assert torch.equal(held["codes"], expected["codes"])
+    assert torch.equal(held["absmax"], expected["absmax"])
+    step(model, optimizer)
+    assert optimizer.state[model.weight][name]["dtype"] is torch.float32
+
+
+def test_codes_that_a_low_precision_optimizer_has_loaded_by_itself_are_refused() -> None:
+    """Float16 would make zeros of the scales of second moments."""
+    pytest.importorskip("bitsandbytes")
+    model = nn.Linear(64, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle = wrapprec.wrap(model, optimizer, "16-true", optimizer_bits=8)
+    model.weight.grad = torch.full_like(model.weight, 1e-4)
+    optimizer.step()
+    rebuilt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rebuilt.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    handle.attach(rebuilt)
+    with pytest.raises(StepError) as raised:
+        rebuilt.step()
+    assert str(raised.value) == (
+        "Expected state in 8 bits, loaded by an optimizer that was converted before.\n"
+        "Received: scales that torch has rounded to float16, the dtype of the parameter\n"
+        "Remedy: give the optimizer to wrap, or handle.attach, before its load_state_dict"
+    )
+
+
 def test_lbfgs_evaluates_rounded_weights_and_moves_float32_ones() -> None:
     target = torch.linspace(-1, 1, 6) * 0.9
     true = nn.Parameter(torch.linspace(1, 2, 6))
@@ -399,6 +460,75 @@ def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         assert same(whole, parts)
         assert len(calls) == 5 * 3, "32 elements; then 8, the norm and 16; then 2"
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_float32_copies_are_of_one_part_at_a_time(
+    bits: int | None, scheduled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(rounding, "PART", 64 * 64)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    wrapprec.wrap(model, optimizer, "bf16-true", optimizer_bits=bits)
+    model(torch.ones(1, 64)).sum().backward()
+    elements: list[int] = []
+    own = torch.optim.AdamW._init_group
+
+    def spy(self: Any, group: dict[str, Any], *args: Any) -> Any:
+        elements.append(sum(p.numel() for p in group["params"]))
+        return own(self, group, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", spy)
+    optimizer.step()
+    assert elements == [64 * 64] * 4
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_step_that_somebody_replaced_is_called_once_in_float32(
+    scheduled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "PART", 1)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    calls: list[int] = []
+    inner = optimizer.step
+
+    @functools.wraps(getattr(inner, "__func__", inner))
+    def step(*args: Any) -> Any:
+        calls.append(len(optimizer.param_groups[0]["params"]))
+        return inner(*args)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    wrapprec.wrap(model, optimizer, "bf16-true")
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert calls == [len([*model.parameters()])]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("policy", ["bf16-true", "16-true,output=float32,loss_scale=dynamic"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_optimizer_that_is_dropped_is_freed(policy: str, bits: int | None, scheduled: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    handle = wrapprec.wrap(model, optimizer, policy, optimizer_bits=bits)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    handle.unwrap()
 
 
 def test_step_hooks_run_once_a_step() -> None:

@@ -15,6 +15,7 @@ from wrapprec import levels
 from wrapprec.border import Border
 from wrapprec.boundary import Lend
 from wrapprec.dtypes import MIXABLE
+from wrapprec.hooked import made_by_hooks
 from wrapprec.lent import originals
 
 if TYPE_CHECKING:
@@ -22,27 +23,10 @@ if TYPE_CHECKING:
     from wrapprec.scope import Scope
     from wrapprec.state import Shared
 
-_SUFFIXES = ("_g", "_v", "_orig", "_raw", "_bar")
-"""What the parameters that a weight is computed from are called, after its own name; the last two by users."""
-
 
 def computed_by_hooks(module: nn.Module) -> dict[str, str]:
-    """The weights that hooks compute, known by the name that the hook object holds.
-
-    Args:
-        module: its pre-hooks are looked at; functions compute nothing that could be known.
-
-    Returns:
-        By the name of each parameter that goes into a computed weight, the name of that weight.
-    """
-    found: dict[str, str] = {}
-    params = originals(module)
-    for hook in module._forward_pre_hooks.values():
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if isinstance(name, str) and name not in params:
-            # Whether the module has such an attribute is not asked: dynamo would have to look at what it holds.
-            found |= {name + suffix: name for suffix in _SUFFIXES if params.get(name + suffix) is not None}
-    return found
+    """`made_by_hooks`, of the module's own parameters, whatever is lent."""
+    return made_by_hooks(module, originals(module))
 
 
 class Computed:

@@ -213,7 +213,7 @@ def spread(
         sent = ring("all_reduce", whole.gradients, replicas)
         return Memory(**vars(whole), sent=sent, modules=tuple(modules))
     low = precision.casting is not None and precision.param_dtype == torch.float32
-    gathered = precision.activation_dtype if low else precision.param_dtype
+    gathered = precision.activation_dtype if low else precision.surroundings.param_dtype
     assert isinstance(gathered, torch.dtype)
     home, sizes = blocks(kinds), Counter[str]()
     for fqn, held in modules:

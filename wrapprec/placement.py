@@ -173,6 +173,12 @@ class Plan:
         for name, number in (("replicas", replicas), ("shards", shards)):
             if not isinstance(number, int) or number < 1:
                 raise PolicyError(message(f"a positive number of {name}", f"{number!r}", remedy="1 is a single device"))
+        packed = [repr(p.name) for p in self.placements for w in p.weights if isinstance(w.dtype, str)]
+        if packed and shards > 1:
+            received = f"quantised ones, and shards={shards}"
+            remedy = "leave shards out: every device holds all of them"
+            expected = "weights of torch's dtypes, to be spread over several devices"
+            raise PolicyError(message(expected, received, where=packed[0], remedy=remedy))
         measure, rounds = state_of(optimizer, optimizer_bits), self.rounding is not None
 
         def state(weight: Weight) -> float:

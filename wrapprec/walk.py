@@ -28,6 +28,7 @@ from wrapprec.defaults import (
 )
 from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label, nearest
 from wrapprec.grammar import print_select
+from wrapprec.hooked import made_by_hooks
 from wrapprec.lowbit.quantisable import elements, settle, stored_form, stored_shape
 from wrapprec.memory import Weight
 from wrapprec.placement import Activations, Placement
@@ -114,13 +115,14 @@ class Walk:
         parametrised = within_parametrisations(self.visits[0].module)
         for visit, decision in zip(self.visits, decisions, strict=True):
             wanted = decision.precision.param_dtype
-            for param in visit.module._parameters.values():
+            made_of = made_by_hooks(visit.module, visit.module._parameters)
+            for key, param in visit.module._parameters.items():
                 if param is None or param.dtype not in dtypes.REAL:
                     continue
                 dtype = wanted
                 if isinstance(wanted, str) or (wanted is torch.float32 and not everywhere):
                     dtype = param.dtype
-                elif wanted in dtypes.LOW and keeps_weights(visit.module, parametrised):
+                elif wanted in dtypes.LOW and (key in made_of or keeps_weights(visit.module, parametrised)):
                     dtype = torch.promote_types(torch.float32, param.dtype)
                 assert isinstance(dtype, torch.dtype)
                 self.stored[id(param)] = torch.promote_types(self.stored.get(id(param), dtype), dtype)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wrapprec.dtypes import LOW, name
+from wrapprec.errors import StepError, message
 from wrapprec.lowbit.packages import bitsandbytes, torchao
 from wrapprec.lowbit.sizes import CODE_BLOCK
 
@@ -66,9 +68,21 @@ def dequantise(low: Low, like: Tensor) -> Tensor:
 
 
 def restore(low: Low) -> Low:
-    """Make codes of what an optimizer that was never converted made of them when it loaded them: floats."""
+    """Make codes of what an optimizer that was never converted made of them when it loaded them: floats.
+
+    Raises:
+        StepError: they were rounded to low precision then, and a scale may have become zero.
+    """
     if low["codes"].dtype is torch.uint8:
         return low
+    if low["absmax"].dtype in LOW:
+        raise StepError(
+            message(
+                f"state in {low['bits']} bits, loaded by an optimizer that was converted before",
+                f"scales that torch has rounded to {name(low['absmax'].dtype)}, the dtype of the parameter",
+                remedy="give the optimizer to wrap, or handle.attach, before its load_state_dict",
+            )
+        )
     return {**low, "codes": low["codes"].to(torch.uint8), "absmax": low["absmax"].to(torch.float32)}
 
 

@@ -98,6 +98,12 @@ def is_the_schedulers(step: Any, optimizer: Optimizer) -> bool:
                 remedy="give optimizer_bits to that call, or unwrap first",
             )
         )
+    return is_mark(step, optimizer)
+
+
+def is_mark(step: Any, optimizer: Optimizer) -> bool:
+    """Whether a function is what a scheduler puts around the class's step to note that it was called."""
+    home = getattr(step, "__globals__", {}).get("__name__", "")
     return home == "torch.optim.lr_scheduler" and getattr(step, "__wrapped__", None) is type(optimizer).step
 
 

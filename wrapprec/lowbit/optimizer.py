@@ -120,6 +120,8 @@ class LowBits:
             with self._wide(optimizer, [p for group in optimizer.param_groups for p in group["params"]]):
                 return before(optimizer, *args, **kwargs)
 
+        # What is called once for some of the parameters, and once for the others, does what one call does.
+        step.in_parts = plain  # type: ignore[attr-defined]
         _converted[optimizer] = self
         undo.push(self._put_back)
         patch(optimizer, "step", step, undo)

@@ -22,6 +22,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from wrapprec.dtypes import LOW
 from wrapprec.errors import StepError, message
+from wrapprec.lowbit.forms import is_mark
 from wrapprec.lowbit.keep import Kept
 from wrapprec.lowbit.states import load_wide, widen_state
 from wrapprec.patch import function_of, patch
@@ -48,7 +49,7 @@ class Rounder:
         self._optimizer = weakref.ref(optimizer)
         self._models = models
         self._theirs = theirs
-        self._before: Callable[..., Any] | None = optimizer.__dict__.get("step")
+        self._before, self._binds = _unbound(optimizer, "step")
         # By id: the parameter, its name, what keeps its remainder, and its stand-in.
         self._known: dict[int, tuple[Tensor, str, Kept, nn.Parameter]] = {}
         self._seed: int | None = None
@@ -69,13 +70,14 @@ class Rounder:
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return _eagerly(self, optimizer, args, kwargs)
 
-        loading = optimizer.__dict__.get("load_state_dict") or functools.partial(
-            type(optimizer).load_state_dict, weakref.proxy(optimizer)
-        )
+        loading, binds = _unbound(optimizer, "load_state_dict")
 
         @functools.wraps(function_of(optimizer.load_state_dict))
         def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            loading(state_dict)
+            if loading is None:
+                type(optimizer).load_state_dict(optimizer, state_dict)
+            else:
+                loading(*((optimizer,) if binds else ()), state_dict)
             if self.active:
                 load_wide(optimizer, state_dict)
 
@@ -92,7 +94,8 @@ class Rounder:
 
     def step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step in float32, and round the weights."""
-        original = functools.partial(type(optimizer).step, optimizer) if self._before is None else self._before
+        bound = (optimizer,) if self._binds else ()
+        original = functools.partial(type(optimizer).step if self._before is None else self._before, *bound)
         lists = [group["params"] for group in optimizer.param_groups]
         if not self.active or not any(param.dtype in LOW for params in lists for param in params):
             return original(*args, **kwargs)
@@ -125,7 +128,8 @@ class Rounder:
 
     def _by_parts(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps each parameter by itself, and nobody counts the calls."""
-        own = self._before is None or getattr(self._before, "_wrapped_by_lr_sched", False)
+        before = self._before
+        own = before is None or getattr(before, "in_parts", False) or is_mark(before, optimizer)
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         known = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS)
@@ -245,6 +249,17 @@ class Rounder:
                     param.copy_(bits)
             raise
         return out
+
+
+def _unbound(optimizer: Optimizer, name: str) -> tuple[Callable[..., Any] | None, bool]:
+    """A method that somebody has set on the instance, without what would keep it alive; and whether it is to be given.
+
+    Where there is none, it is the class's, and is to be given.
+    """
+    own = optimizer.__dict__.get(name)
+    if own is None or getattr(own, "__self__", None) is optimizer:
+        return function_of(own), True
+    return own, False
 
 
 def _show_gradient(param: Tensor, stand_in: Tensor) -> None:

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wrapprec.dtypes import LOW, REAL
+from wrapprec.lowbit.codes import is_low, quantise
 
 
 def cast_state(state: dict[str, Any], dtype: torch.dtype, among: frozenset[torch.dtype] = REAL) -> dict[str, Any]:
     """Cast the floating tensors of one parameter's state, in place; `step` and scalars are counts, and stay.
+
+    What is quantised keeps its codes, which then mean numbers of that dtype.
 
     Args:
         state: of one parameter.
@@ -23,6 +26,8 @@ def cast_state(state: dict[str, Any], dtype: torch.dtype, among: frozenset[torch
     for key, value in state.items():
         if isinstance(value, Tensor) and value.dim() and value.dtype in among and value.dtype is not dtype:
             state[key] = value.to(dtype)
+        elif is_low(value) and value["dtype"] in among:
+            state[key] = {**value, "dtype": dtype}
     return state
 
 
@@ -43,6 +48,7 @@ def load_wide(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     for number, param in zip(numbers, params, strict=True):
         if param.dtype in LOW and number in saved["state"] and param in optimizer.state:
             _take(optimizer.state[param], saved["state"][number], param.device)
+            widen_state(optimizer.state[param])
 
 
 def _take(state: Any, saved: Any, device: torch.device) -> None:
@@ -54,5 +60,8 @@ def _take(state: Any, saved: Any, device: torch.device) -> None:
         elif isinstance(value, Tensor) and isinstance(state[key], Tensor):
             if state[key].dtype in LOW and value.dtype in REAL - LOW:
                 state[key] = value.detach().to(device, torch.float32, copy=True)
+        elif isinstance(value, Tensor) and is_low(state[key]):
+            low = state[key]  # of the narrowed numbers
+            state[key] = quantise(value.detach().to(device, torch.float32), low["bits"], low["signed"])
         elif isinstance(value, (dict, list)) and type(value) is type(state[key]):
             _take(state[key], value, device)  # otherwise it was quantised, or given back, when it was loaded
