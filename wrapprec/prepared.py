@@ -74,9 +74,9 @@ def follow(optimizer: Optimizer, handle: Any, undo: UndoStack) -> None:
 def _meet(handle: weakref.ref[Any], optimizer: Optimizer) -> None:
     kind, known, frame = _kind(), handle(), sys._getframe(1)
     while kind is not None and known is not None and frame is not None:
-        # Asked for the variables of anybody else's frame, Python (before 3.13) keeps what they hold alive with it.
-        theirs = frame.f_globals.get("__name__", "").startswith("accelerate.")
-        accelerator = frame.f_locals.get("self") if theirs else None
+        # Reading the locals of a frame keeps what they are now alive as long as the frame: accelerate's own are short.
+        own = str(frame.f_globals.get("__name__")).startswith("accelerate.")
+        accelerator = frame.f_locals.get("self") if own else None
         if isinstance(accelerator, kind):
             check_precision(accelerator)
             _register(accelerator, known)
