@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wrapprec import Plan, PolicyError, Rule, resolve, wrap
+from wrapprec.backends import fast
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.select import backend_for
 
@@ -138,6 +139,19 @@ def test_failing_switch_puts_the_others_back() -> None:
     with pytest.raises(AttributeError):
         switches.turn_on()
     assert good.precision == "old"
+
+
+def test_accuracy_without_is_measured_without_also_while_a_model_on_another_device_has_them_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thing = SimpleNamespace(precision="old")
+    switches = Switches((thing, "precision", "fast"))
+    monkeypatch.setattr(fast, "_error", lambda device: {"old": 1e-7, "fast": 1e-3}[thing.precision])
+    off = switches.turn_on()
+    assert switches.errors(torch.device("cuda", 1)) == (1e-7, 1e-3)
+    assert thing.precision == "fast"
+    off()
+    assert thing.precision == "old"
 
 
 def test_two_threads_turn_on_and_off_without_losing_the_old_value() -> None:

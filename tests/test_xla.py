@@ -460,3 +460,29 @@ def test_recurrent_net_runs_in_bfloat16(xla: torch.device, policy: str) -> None:
     assert "bf16" in dots(torch_xla._XLAC._get_xla_tensors_hlo([out]))
     # Five time steps of bfloat16.
     assert torch.allclose(out.cpu(), true, atol=5 * 2**-8)
+
+
+@pytest.mark.filterwarnings("ignore:Expected a rounding that keeps small updates")
+def test_true_bfloat16_trains_and_reads_nothing_where_it_rounds_to_nearest(xla: torch.device) -> None:
+    # What limits.md says of the other roundings: they need a float32 number's bits, which torch_xla reads on the host.
+    model, batch, losses, _ = by_hand(GPT, steps=3)
+    model, batch = model.to(xla), to(xla, batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    handle = wrap(model, optimizer, "bf16-true,rounding=nearest")
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))} == {torch.bfloat16}
+    met.clear_all()
+    mine = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch)
+        loss.backward()
+        optimizer.step()
+        torch_xla.sync()
+        mine.append(loss.detach())
+    assert not [name for name in met.counter_names() if name.startswith("aten::")]
+    assert "TransferFromDeviceTime" not in met.metric_names()
+    # bfloat16's rounding, summed over three steps.
+    assert [float(loss) for loss in mine] == pytest.approx(losses, rel=0.02)
+    assert losses[-1] < 0.97 * losses[0]
+    handle.unwrap()
+    assert {(p.dtype, p.device) for p in model.parameters()} == {(torch.float32, xla)}

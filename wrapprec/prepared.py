@@ -64,7 +64,7 @@ def follow(optimizer: Optimizer, handle: Any, undo: UndoStack) -> None:
 
     Preparing loads the optimizer's own state into it: that is when the Accelerator can be seen, among the callers.
     """
-    for accelerator in alive(_kind()) if _is_in_use() else ():
+    for accelerator in alive(_kind()) if _is_in_use() and _kind() is not None else ():
         if any(beneath(prepared) is optimizer for prepared in accelerator._optimizers):
             _register(accelerator, handle)
     meet = functools.partial(_meet, weakref.ref(handle))

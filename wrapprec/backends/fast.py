@@ -69,13 +69,26 @@ class Switches:
             device: where.
 
         Returns:
-            The larger relative error (Frobenius norm) of the two with the switches as they are, and with them on.
+            The larger relative error (Frobenius norm) of the two with the switches as the user has them, and with them
+            on.
         """
-        if device not in self._errors:
-            plain = _error(device)
-            with self._lock, self._on():
-                self._errors[device] = plain, _error(device)
-        return self._errors[device]
+        with self._lock:
+            if device not in self._errors:
+                with self._off():
+                    plain = _error(device)
+                with self._on():
+                    self._errors[device] = plain, _error(device)
+            return self._errors[device]
+
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
+        # A model on another device of the type may have turned them on.
+        now = [getattr(owner, name) for owner, name, _ in self.settings]
+        self._set(self._before if self._users else now)
+        try:
+            yield
+        finally:
+            self._set(now)
 
     @contextlib.contextmanager
     def _on(self) -> Iterator[None]:
