@@ -179,7 +179,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     apex_session.calls, apex_session.enabled = [], None
-    before = Optimizer.__init__, nn.Module.__call__, list(sys.meta_path), torch.multiprocessing.start_processes
+    before = (
+        Optimizer.__init__,
+        nn.Module.__call__,
+        list(sys.meta_path),
+        torch.multiprocessing.start_processes,
+        torch.jit.trace,
+    )
 
     def run(source: str, policy: str, dry_run: bool = False) -> Ran:
         ran = Ran()
@@ -198,7 +204,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return ran
 
     yield run
-    after = Optimizer.__init__, nn.Module.__call__, list(sys.meta_path), torch.multiprocessing.start_processes
+    after = (
+        Optimizer.__init__,
+        nn.Module.__call__,
+        list(sys.meta_path),
+        torch.multiprocessing.start_processes,
+        torch.jit.trace,
+    )
     assert after == before
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
         del sys.modules[name]
@@ -397,6 +409,47 @@ def test_dry_run_prints_the_plan_and_ends_at_the_first_training_forward(
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "before" in out and "after" not in out
     assert "policy      16-mixed" in out and "encoder" in out
+
+
+EXPORT = """
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 8), nn.Linear(8, 2)
+    def forward(self, x):
+        return self.head(self.rnn(x.unsqueeze(0))[0][0])
+model = Recurrent()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+"""
+
+
+# Alone, the script records its float32 model, with gradients too; a wrapped one would be refused under a loss scale.
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:The tensor attributes"
+)
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed,init_scale=64"])
+@pytest.mark.parametrize(
+    "record", ["torch.jit.trace(model, (x,))", "torch.jit.script(model)", "torch.export.export(model, (x,)).module()"]
+)
+def test_script_exports_its_model_as_it_would_alone_and_trains_on(run: Any, record: str, policy: str) -> None:
+    source = EXPORT + LOOP + f"    recorded = {record}\n"
+    ran = run(source, policy)
+    trained = dict(ran.names["model"].named_parameters())
+    assert ran.names["recorded"].state_dict().keys() == trained.keys()
+    got, x = ran.names["recorded"](ran.names["x"]), ran.names["x"]
+    wrapprec.unwrap(ran.names["model"])
+    # The same float32 kernels on the same weights, fused otherwise at most; bfloat16 would be off by 2**-9.
+    assert torch.allclose(got, ran.names["model"](x), rtol=1e-5, atol=1e-6)
+    want = torch.tensor(_curve(EXPORT + LOOP))
+    assert (torch.tensor(ran.names["losses"]) - want).abs().max() <= 4 * 2**-8 * want.abs().max()
+    assert ran.names["losses"] != want.tolist()  # and in low precision
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_model_with_low_precision_weights_is_recorded_as_it_is(run: Any) -> None:
+    source = "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
+    ran = run(source + "recorded = torch.jit.trace(model, (x,))\nout = recorded(x)", "bf16-true")
+    assert torch.equal(ran.names["out"], ran.names["model"](ran.names["x"]))
 
 
 def test_summary_says_what_was_wrapped_and_what_came_of_it(run: Any) -> None:

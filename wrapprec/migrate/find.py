@@ -144,6 +144,12 @@ class Finder:
         else:
             self.when_wrapped()
 
+    def models(self) -> list[nn.Module]:
+        """The models that were wrapped, and live; not those that the script wraps itself."""
+        handles = [found.handle for found in self.found if found.handle not in (None, *self._scripts_own)]
+        shared = [model for handle in handles if handle is not None for model in handle._models]
+        return [root for model in shared if (root := model.model) is not None]
+
     def _note_low(self, module: nn.Module) -> None:
         """Say why a model is left alone that trains in low precision while the optimizer has copies of its weights."""
         if low := low_of(module):
@@ -163,8 +169,7 @@ class Finder:
                 handle.attach(optimizer)
             known.wrapped(handle)
             return
-        roots = [model.root() for model in handle._models if model.root is not None]
-        found = Found(_label([root for root in roots if root is not None], optimizers))
+        found = Found(_label([root for model in handle._models if (root := model.model) is not None], optimizers))
         found.wrapped(handle)
         self.found.append(found)
         self._scripts_own.add(handle)

@@ -14,6 +14,7 @@ from wrapprec.migrate.alias import ApexFinder
 from wrapprec.migrate.clock import Clock
 from wrapprec.migrate.find import Finder
 from wrapprec.migrate.outcome import tell
+from wrapprec.migrate.recorders import Recorders
 from wrapprec.migrate.script import Program, execute
 from wrapprec.policy import Policy
 
@@ -49,6 +50,7 @@ class Session:
         self.finder = Finder(policy, say, dry_run)
         self.clock = Clock()
         self.alias = ApexFinder(say)
+        self.recorders = Recorders(self.finder.models)
         self.finder.when_wrapped = self.clock.start
         self._starts: list[tuple[Any, Any]] = []
         self._has_children = False
@@ -57,6 +59,7 @@ class Session:
         """Watch what is built and called from now on."""
         self.finder.install()
         self.alias.install()
+        self.recorders.install()
         for module in _spawning():
             start = module.start_processes
             self._starts.append((module, start))
@@ -66,6 +69,7 @@ class Session:
         """Watch no more; what is wrapped stays wrapped."""
         self.finder.remove()
         self.alias.remove()
+        self.recorders.remove()
         self.clock.stop()
         while self._starts:
             module, start = self._starts.pop()
