@@ -185,12 +185,20 @@ def is_module(symbol: Symbol, names: Names) -> bool:
                 return True
             if isinstance(value, cst.Call) and made_of(value.func, names):
                 return True
+            if "copy.deepcopy" in called and value.args:  # type: ignore[attr-defined]  # called is empty otherwise
+                copied = names.symbol(value.args[0].value)  # type: ignore[attr-defined]
+                if copied is not None and copied != symbol and is_module(copied, names):
+                    return True
     return False
 
 
+_TENSORS = ("Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer")
+
+
 def _is_torch_module(name: str) -> bool:
-    is_class = name.rpartition(".")[2][:1].isupper()
-    return name.startswith("torch.nn.") and is_class and "Loss" not in name and not name.startswith("torch.nn.utils.")
+    last = name.rpartition(".")[2]
+    is_class = last[:1].isupper() and "Loss" not in last and last not in _TENSORS
+    return name.startswith("torch.nn.") and is_class and not name.startswith("torch.nn.utils.")
 
 
 def made_of(value: cst.CSTNode, names: Names) -> set[cst.ClassDef]:

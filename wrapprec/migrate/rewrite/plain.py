@@ -97,7 +97,7 @@ def _place(models: list[Symbol], made: list[Symbol], plan: Plan, names: Names, p
     if isinstance(place, Reason):
         plan.reasons.append(place)
         return
-    line = names.line(place.after) + 1
+    line = names.last(place.after) + 1
     called = [spelled(root, place.function, line, names) for root in (*models, *made)]
     if None in called:
         plan.leave(place.after, "model and optimizer are not both at hand here")
