@@ -243,3 +243,17 @@ def test_a_magic_of_several_lines_survives() -> None:
     got = [cell["source"] for cell in json.loads(after)["cells"]]
     assert got[0] == cells[0] + "import wrapprec\n" and got[2:] == cells[2:]
     assert got[1] == MADE + 'wrapprec.wrap(model, optimizer, "auto")\n'
+
+
+def test_a_loop_whose_optimizer_is_not_known_is_left_with_a_reason() -> None:
+    run = "optimizer = optimizer or None\nmodel(x).mean().backward()\noptimizer.step()\noptimizer.zero_grad()"
+    end = _in("def run(model, optimizer):", run) + "run(model, optimizer)\n"
+    stays("import torch\n" + MADE + end, (3, "which loop steps this optimizer is not known"))
+
+
+def test_a_loss_that_is_called_at_once_is_no_module_of_which_to_tell() -> None:
+    double = _in("class Double(torch.autograd.Function):", "def forward(ctx, x):\n    return x * 2")
+    crit = _in("class Crit(torch.nn.Module):", "def forward(self, x):\n    return x.mean()")
+    loop = STEP.replace("loss = model(x).mean()", "y = Double.apply(model(x)).mean()\n    loss = Crit()(y)")
+    code, result = rewritten(HEAD + double + crit + MADE + "scaler = GradScaler()\n" + loop)
+    assert "autocast" not in code and not result.left and not result.notes
