@@ -145,6 +145,7 @@ def test_model_and_optimizer_of_another_file_are_not_guessed() -> None:
                 scaler.update()
         """,
         (5, "no model that this file makes"),
+        (7, "`scaler` scales here"),
     )
 
 

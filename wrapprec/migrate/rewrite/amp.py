@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wrapprec.migrate.rewrite.casts import Region, outside
+from wrapprec.migrate.rewrite.casts import Region, outside, trained_elsewhere
 from wrapprec.migrate.rewrite.edits import Fork, Plan, wrap_call
 from wrapprec.migrate.rewrite.facts import Reason, constant, statement
 from wrapprec.migrate.rewrite.mistakes import note_mistakes
@@ -15,7 +15,7 @@ from wrapprec.migrate.rewrite.place import Place, find_place, home, models_of, s
 from wrapprec.migrate.rewrite.scalers import Uses, decide_tests
 from wrapprec.migrate.rewrite.settings import conjunction, read_settings
 from wrapprec.migrate.rewrite.syntax import cst, text
-from wrapprec.migrate.rewrite.units import Unit, find_units
+from wrapprec.migrate.rewrite.units import Unit, find_units, leave_callers
 
 
 @dataclass
@@ -40,11 +40,11 @@ def plan_amp(names: Names, package: str) -> list[Plan]:
         names: of the file.
         package: what wrapprec is called in it.
     """
-    plans = []
-    for unit in find_units(names):
+    units = find_units(names)
+    for unit in units:
         _plan(unit, names, package)
-        plans.append(unit.plan)
-    return plans
+    leave_callers(units, names)
+    return [unit.plan for unit in units]
 
 
 def _plan(unit: Unit, names: Names, package: str) -> None:
@@ -64,6 +64,8 @@ def _plan(unit: Unit, names: Names, package: str) -> None:
         if region.inside is None:
             trouble = outside(region, {model for one in wraps for model in one.models}, working, names)
             plan.reasons += [] if trouble is None else [trouble]
+    elsewhere = trained_elsewhere({model for one in wraps for model in one.models}, working, names)
+    plan.reasons += [] if elsewhere is None else [elsewhere]
     for wrap in wraps:
         if not plan.reasons:
             _write(wrap, unit, working, names, package)
@@ -120,7 +122,7 @@ def _write(wrap: Wrap, unit: Unit, working: list[Region], names: Names, package:
     if isinstance(place, Reason):
         plan.reasons.append(place)
         return
-    line = names.line(place.after) + 1
+    line = names.last(place.after) + 1
     called = [spelled(root, place.function, line, names) for root in (*wrap.models, *wrap.optimizers)]
     if None in called:
         plan.leave(place.after, "model and optimizer are not both at hand here")

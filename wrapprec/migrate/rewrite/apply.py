@@ -7,10 +7,8 @@ from typing import Any
 
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
+from wrapprec.migrate.rewrite.lists import GONE, commas, parameters
 from wrapprec.migrate.rewrite.syntax import COMPOUND, cst, each, same
-
-_GONE = "__wrapprec_gone__"
-"""Stands where a statement was until its comments have moved to the next one."""
 
 
 def apply(module: cst.Module, plans: Sequence[Plan]) -> tuple[cst.Module, list[tuple[Plan, Reason]]]:
@@ -39,6 +37,12 @@ class _Transformer(cst.CSTTransformer):
             for node, lines in plan.behind.items():
                 self._behind.setdefault(node, []).extend(lines)
         self.failures: list[tuple[Plan, Reason]] = []
+        self._elifs: set[cst.CSTNode] = set()
+
+    def visit_If(self, node: cst.If) -> None:
+        """Remember which `if` is an `elif`: only an `else` can come in its place."""
+        if isinstance(node.orelse, cst.If):
+            self._elifs.add(node.orelse)
 
     def on_leave(self, original: Any, updated: Any) -> Any:
         """Edit a node after its parts were edited."""
@@ -46,7 +50,9 @@ class _Transformer(cst.CSTTransformer):
         if original in self._edits:
             changed = self._edits[original][0](updated)
             if changed is None and isinstance(original, cst.WithItem):  # libcst allows no `with` without items
-                changed = updated.with_changes(item=cst.Name(_GONE))
+                changed = updated.with_changes(item=cst.Name(GONE))
+            if changed is None and isinstance(original, cst.Param):  # nor a star or slash without parameters
+                changed = updated.with_changes(name=cst.Name(GONE))
             if changed is None and isinstance(original, COMPOUND):
                 changed = _gone(updated.leading_lines, [])
             updated = cst.RemoveFromParent() if changed is None else changed
@@ -54,10 +60,13 @@ class _Transformer(cst.CSTTransformer):
             updated = _line(original, updated)
         elif isinstance(original, cst.With):
             updated = _with(original, updated)
-        elif isinstance(original, (cst.Call, cst.Parameters)):
-            updated = _commas(original, updated)
+        elif isinstance(original, cst.Call):
+            updated = commas(original, updated, "args")
+        elif isinstance(original, cst.Parameters):
+            updated = parameters(original, updated)
         elif isinstance(original, cst.If):
-            updated = self._if(original, updated)
+            became = self._if(original, updated)
+            updated = _as_else(became, updated) if original in self._elifs else became
         elif isinstance(original, cst.Try):
             updated = _try(original, updated)
         if isinstance(original, (cst.IndentedBlock, cst.Module)):
@@ -107,6 +116,20 @@ class _Transformer(cst.CSTTransformer):
         return updated.with_changes(test=cst.parse_expression(otherwise))
 
 
+def _as_else(became: Any, updated: cst.If) -> Any:
+    """What an `elif` became, in its place."""
+    if isinstance(became, cst.FlattenSentinel):
+        body = cst.IndentedBlock(list(became.nodes)[1:])  # the first one holds the lines above the `elif`
+        return cst.Else(_sweep(body), leading_lines=updated.leading_lines)
+    if isinstance(became, cst.SimpleStatementLine):
+        if _is_gone(became):
+            comments = any(line.comment is not None for line in became.leading_lines)
+            return updated if comments else cst.RemoveFromParent()
+        body = cst.IndentedBlock([became.with_changes(leading_lines=[])])
+        return cst.Else(body, leading_lines=updated.leading_lines)
+    return became
+
+
 def _try(original: cst.Try, updated: cst.Try) -> Any:
     """A `try` around nothing goes with its handlers, unless these set names."""
     more = updated.orelse is not None or updated.finalbody is not None
@@ -126,11 +149,11 @@ def _is_gone(node: cst.CSTNode) -> bool:
     if not isinstance(node, cst.SimpleStatementLine) or len(node.body) != 1:
         return False
     only = node.body[0]
-    return isinstance(only, cst.Expr) and isinstance(only.value, cst.Name) and only.value.value == _GONE
+    return isinstance(only, cst.Expr) and isinstance(only.value, cst.Name) and only.value.value == GONE
 
 
 def _gone(lines: Sequence[cst.EmptyLine], more: Sequence[cst.EmptyLine]) -> cst.SimpleStatementLine:
-    return cst.SimpleStatementLine([cst.Expr(cst.Name(_GONE))], leading_lines=[*lines, *more])
+    return cst.SimpleStatementLine([cst.Expr(cst.Name(GONE))], leading_lines=[*lines, *more])
 
 
 def _comment(trailing: cst.TrailingWhitespace) -> list[cst.EmptyLine]:
@@ -147,29 +170,14 @@ def _line(original: Any, updated: Any) -> Any:
         return updated
     if not updated.body:
         if isinstance(updated, cst.SimpleStatementSuite):
-            return updated.with_changes(body=[cst.Expr(cst.Name(_GONE))])
+            return updated.with_changes(body=[cst.Expr(cst.Name(GONE))])
         return _gone(updated.leading_lines, _comment(updated.trailing_whitespace))
     last = updated.body[-1].with_changes(semicolon=original.body[-1].semicolon)
     return updated.with_changes(body=[*updated.body[:-1], last])
 
 
-def _commas(original: Any, updated: Any) -> Any:
-    """Lists that lost their last member end as they did."""
-    names = ["args"] if isinstance(original, cst.Call) else ["params", "kwonly_params"]
-    for name in names:
-        before, now = getattr(original, name), getattr(updated, name)
-        if len(now) < len(before) and now:
-            changed = {"comma": before[-1].comma}
-            if isinstance(original, cst.Call):
-                changed["whitespace_after_arg"] = before[-1].whitespace_after_arg
-            if name == "params" and (updated.kwonly_params or updated.star_kwarg is not None):
-                continue
-            updated = updated.with_changes(**{name: [*now[:-1], now[-1].with_changes(**changed)]})
-    return updated
-
-
 def _with(original: cst.With, updated: cst.With) -> Any:
-    kept = [one for one in updated.items if not (isinstance(one.item, cst.Name) and one.item.value == _GONE)]
+    kept = [one for one in updated.items if not (isinstance(one.item, cst.Name) and one.item.value == GONE)]
     if len(kept) == len(original.items):
         return updated
     if not kept:
@@ -195,7 +203,7 @@ def _flat(lines: Sequence[cst.EmptyLine], body: cst.BaseSuite) -> Any:
 
 def _is_empty(body: cst.BaseSuite) -> bool:
     if isinstance(body, cst.SimpleStatementSuite):
-        return all(isinstance(one, cst.Expr) and getattr(one.value, "value", None) == _GONE for one in body.body)
+        return all(isinstance(one, cst.Expr) and getattr(one.value, "value", None) == GONE for one in body.body)
     return all(_is_gone(one) for one in body.body)
 
 
@@ -252,7 +260,7 @@ def finish(module: cst.Module) -> cst.Module:
     class Fill(cst.CSTTransformer):
         def leave_Expr(self, original_node: cst.Expr, updated_node: cst.Expr) -> cst.BaseSmallStatement:
             value = updated_node.value
-            is_gone = isinstance(value, cst.Name) and value.value == _GONE
+            is_gone = isinstance(value, cst.Name) and value.value == GONE
             return cst.Pass() if is_gone else updated_node
 
     changed = module.visit(Fill())

@@ -107,6 +107,8 @@ def _follow(cast: Cast, found: Casts, names: Names) -> None:
                 cast.enabled.append(Flag(one.test, negated=below is one.orelse))
                 break
             below = one
+    for other in names.elsewhere(symbol):
+        found.reasons.append(Reason(other, f"the context `{symbol[1]}` is used from outside of its class"))
     cast.statements += [up, *(node for node, _ in others)]
     for context in names.family(symbol):
         cast.contexts.append(context)
@@ -189,8 +191,33 @@ def outside(region: Region, models: set[Symbol], regions: list[Region], names: N
         base = names.base(node.func)
         if base is None or not names.roots(base) & models or _is_asking(node, names):
             continue
-        if not _without_gradients(node, names):
+        if not without_gradients(node, names):
             words = f"`{text(node.func)}` computes outside of autocast here, in float32: wrapped, it would not"
+            return Reason(node, words)
+    return None
+
+
+def trained_elsewhere(models: set[Symbol], regions: list[Region], names: Names) -> Reason | None:
+    """Say where a function without autocast trains a model: wrapped, it would train in low precision there, too."""
+    covered = {id(node) for one in regions for node in each(one.code)}
+    covered |= {id(node) for one in regions for fork in one.forks for node in each(fork)}
+    under = {one.function for one in regions}
+    models = models.difference(*(one.models for one in regions if one.inside is not None))  # it brings its autocast
+    nodes: list[tuple[Function, cst.Call]] = [
+        (names.function(node), node) for node in names.nodes if isinstance(node, cst.Call) and id(node) not in covered
+    ]
+    training = {
+        function
+        for function, node in nodes
+        if isinstance(node.func, cst.Attribute) and node.func.attr.value == "backward" and function not in under
+    }
+    for function, node in nodes:
+        base = names.base(node.func) if function in training else None
+        if base is None or not names.roots(base) & models or _is_asking(node, names) or without_gradients(node, names):
+            continue
+        calls = names.calls.get(function, []) if function is not None else []
+        if not calls or any(id(call) not in covered for call in calls):
+            words = f"`{text(node.func)}` trains without autocast here, in float32: wrapped, it would not"
             return Reason(node, words)
     return None
 
@@ -204,9 +231,11 @@ def _is_asking(call: cst.Call, names: Names) -> bool:
     return bool(set(parts) & NOT_FORWARD)
 
 
-def _without_gradients(node: cst.CSTNode, names: Names) -> bool:
-    for up in names.above(node):
-        items = [item.item for item in up.items] if isinstance(up, cst.With) else []
+def without_gradients(node: cst.CSTNode, names: Names) -> bool:
+    """Whether a node is under `no_grad` or `inference_mode`, as a context or a decorator."""
+    for up in [node, *names.above(node)]:
+        items: list[cst.CSTNode] = [item.item for item in up.items] if isinstance(up, cst.With) else []
+        items += [one.decorator for one in up.decorators] if isinstance(up, cst.FunctionDef) else []
         if any("no_grad" in text(item) or "inference_mode" in text(item) for item in items):
             return True
     return False

@@ -183,14 +183,23 @@ def is_module(symbol: Symbol, names: Names) -> bool:
             called = names.qualified(value.func) if isinstance(value, cst.Call) else set()
             if any(_is_torch_module(name) for name in called):
                 return True
-            if isinstance(value, cst.Call) and made_of(value.func, names):
+            is_result = isinstance(value, cst.Call) and isinstance(value.func, cst.Call)  # Loss()(x) is no module
+            if isinstance(value, cst.Call) and not is_result and made_of(value.func, names):
                 return True
+            if "copy.deepcopy" in called and value.args:  # type: ignore[attr-defined]  # called is empty otherwise
+                copied = names.symbol(value.args[0].value)  # type: ignore[attr-defined]
+                if copied is not None and copied != symbol and is_module(copied, names):
+                    return True
     return False
 
 
+_TENSORS = ("Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer")
+
+
 def _is_torch_module(name: str) -> bool:
-    is_class = name.rpartition(".")[2][:1].isupper()
-    return name.startswith("torch.nn.") and is_class and "Loss" not in name and not name.startswith("torch.nn.utils.")
+    last = name.rpartition(".")[2]
+    is_class = last[:1].isupper() and "Loss" not in last and last not in _TENSORS
+    return name.startswith("torch.nn.") and is_class and not name.startswith("torch.nn.utils.")
 
 
 def made_of(value: cst.CSTNode, names: Names) -> set[cst.ClassDef]:
@@ -210,4 +219,6 @@ def made_of(value: cst.CSTNode, names: Names) -> set[cst.ClassDef]:
 def is_module_class(owner: cst.ClassDef, names: Names) -> bool:
     """Whether a class of the file is a module: by its bases, or by its forward."""
     bases = {name for base in owner.bases for name in names.qualified(base.value)}
+    if "torch.autograd.Function" in bases:
+        return False
     return any(name.startswith("torch.nn") for name in bases) or (owner, "forward") in names.functions

@@ -126,7 +126,9 @@ def look(path: Path, policy: str) -> Outcome:
             return Outcome(path, before, document.encode("utf-8"), result, "utf-8")
         module = cst.parse_module(before)
         if module.bytes != before:
-            raise _error("a source that can be written back byte for byte", "one that cannot", path)
+            raise _error(
+                "a source that can be written back byte for byte", "one that cannot", path, "mend its line ends"
+            )
         result = rewrite(module, policy)
         after = result.module.bytes if result.changed else before
         return Outcome(path, before, after, result, module.encoding)
@@ -135,7 +137,10 @@ def look(path: Path, policy: str) -> Outcome:
     except cst.ParserSyntaxError as error:
         where = f"a syntax error in line {error.raw_line}"
         raise _error("Python source", where, path, "mend it first (Python 2 needs a conversion)") from error
-    except (SyntaxError, UnicodeError, LookupError) as error:
+    except (cst.CSTValidationError, TypeError, AssertionError, LookupError) as error:
+        remedy = "this is a defect of the rewriter: please report the file"
+        raise _error("a file that can be rewritten", f"{type(error).__name__}: {error}", path, remedy) from error
+    except (SyntaxError, UnicodeError) as error:
         remedy = "save it as UTF-8, or declare its encoding in the first line"
         raise _error(
             "text in UTF-8 or in the encoding that its first lines declare", f"{error}", path, remedy

@@ -79,11 +79,16 @@ def optimizers(names: Names) -> list[Symbol]:
     return [symbol for _, symbol in sorted(found, key=lambda entry: entry[0])]
 
 
+def is_optimizer(call: cst.Call, names: Names) -> bool:
+    """Whether a call makes one of torch's optimizers."""
+    found = names.qualified(call.func)
+    return any(name.startswith("torch.optim.") and not name.startswith(_NOT_OPTIMIZERS) for name in found)
+
+
 def _makes_optimizer(value: Expression, symbol: Symbol, names: Names) -> bool:
     assert isinstance(value, cst.Call)
-    for name in names.qualified(value.func):
-        if name.startswith("torch.optim.") and not name.startswith(_NOT_OPTIMIZERS):
-            return True
+    if is_optimizer(value, names):
+        return True
     used = {names.parent(use) for one in names.family(symbol) for use in names.uses[one]}
     methods = {up.attr.value for up in used if isinstance(up, cst.Attribute)}
     return {"step", "zero_grad"} <= methods and not is_module(symbol, names)

@@ -92,7 +92,7 @@ def _plan(copies: _Copies, plan: Plan, names: Names, package: str) -> None:
         plan.reasons.append(place)
         return
     _scale(copies, plan, names)
-    line = names.line(place.after) + 1
+    line = names.last(place.after) + 1
     called = [spelled(root, place.function, line, names) for root in (copies.model, owner[0])]
     scales = {text(one) for one in copies.scales}
     if None in called or len(scales) > 1 or not all(_is_known(one, place, names) for one in scales):

@@ -81,6 +81,11 @@ class Names:
         """The number of the line where a node begins."""
         return int(self._positions[node].start.line)
 
+    def last(self, node: cst.CSTNode) -> int:
+        """The number of the line where the last statement in a node begins."""
+        kinds = (cst.BaseSmallStatement, cst.BaseCompoundStatement)
+        return max((self.line(one) for one in each(node) if isinstance(one, kinds)), default=self.line(node))
+
     def parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         """The node above."""
         return self._parents.get(node)
@@ -150,6 +155,14 @@ class Names:
     def parameter(self, function: cst.FunctionDef, name: str) -> cst.Name:
         """The name node of a parameter."""
         return next(param.name for param in self.parameters(function) if param.name.value == name)
+
+    def elsewhere(self, symbol: Symbol) -> list[cst.Attribute]:
+        """Where an attribute of `self` may be used from outside of its class: by another name, or in a class below."""
+        if not isinstance(symbol[0], cst.ClassDef):
+            return []
+        same = [node for node in self.nodes if isinstance(node, cst.Attribute) and node.attr.value == symbol[1]]
+        others = [(node, self.symbol(node)) for node in same]
+        return [node for node, one in others if one != symbol and (one is None or one not in self.values)]
 
     # Calls
 

@@ -120,21 +120,25 @@ def _hide(cell: str) -> tuple[str, list[str]]:
         return "__wrapprec_magic__(0)", [cell]
     lines: list[str] = []
     magics: list[str] = []
-    depth = False
+    goes_on = False
     for line in cell.split("\n"):
-        found = None if depth else _MAGIC.match(line)
-        if found:
+        found = None if goes_on else _MAGIC.match(line)
+        if goes_on:  # `!pip install \\` and what follows: one call over as many lines
+            magics[-1] += f"\n{line}"
+            head, bracket, number = lines.pop().rpartition("(")
+            lines += [head + bracket, number]
+        elif found:
             indent = re.match(r"\s*", line)
             lines.append(f"{indent.group() if indent else ''}__wrapprec_magic__({len(magics)})")
             magics.append(line)
         else:
             lines.append(line)
-        depth = bool(found and line.rstrip().endswith("\\"))
+        goes_on = bool(found or goes_on) and line.rstrip().endswith("\\")
     return "\n".join(lines), magics
 
 
 def _show(text: str, magics: Sequence[str]) -> str:
-    return re.sub(r"[ \t]*__wrapprec_magic__\((\d+)\)", lambda found: magics[int(found.group(1))], text)
+    return re.sub(r"[ \t]*__wrapprec_magic__\(\s*(\d+)\)", lambda found: magics[int(found.group(1))], text)
 
 
 def _relined(result: Result, parts: Sequence[str]) -> Result:

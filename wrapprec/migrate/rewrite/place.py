@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wrapprec.migrate.rewrite.facts import Flag, Reason, is_module, statement
 from wrapprec.migrate.rewrite.names import Expression, Function, Names, Symbol
+from wrapprec.migrate.rewrite.order import out_of_order, runs_often
 from wrapprec.migrate.rewrite.syntax import cst, each, text
 
 
@@ -174,40 +175,14 @@ def find_place(
                 return Reason(node, "this is made in a loop, and what belongs to it outside of it")
     after = max((below for one in chains for up, below in one if up is block), key=names.line)
     place = Place(function, block, after)
-    trouble = _runs_often(place, models, names)
+    trouble = out_of_order(function, after, [one for one in needed if one not in models], names)
+    trouble = trouble or runs_often(function, after, models, names)
     return place if trouble is None else trouble
 
 
 def _defined(root: Symbol, function: Function, names: Names) -> list[int]:
     made = [names.line(node) for node, _ in names.values.get(root, []) if names.function(node) is function]
     return made
-
-
-def _runs_often(place: Place, models: Sequence[Symbol], names: Names) -> Reason | None:
-    """Say why `wrap` could run twice for one model at a place, if it could."""
-    loop = next((up for up in _inside(place, names) if isinstance(up, (cst.For, cst.While))), None)
-    for root in models:
-        own = [node for node, _ in names.values.get(root, []) if names.function(node) is place.function]
-        if loop is not None and not any(loop in names.above(node) for node in own):
-            return Reason(place.after, f"this runs in a loop, and the model `{root[1]}` is made outside of it")
-        if own or place.function is None:
-            continue
-        calls = names.calls.get(place.function, [])
-        many = len(calls) > 1 or any(isinstance(up, (cst.For, cst.While)) for call in calls for up in names.above(call))
-        unknown = not calls and place.function.name.value != "__init__"
-        if many or unknown:
-            words = f"`{place.function.name.value}` may run more than once for the model `{root[1]}`"
-            return Reason(place.after, words + ": call wrapprec.wrap where the model and its optimizer are made")
-    return None
-
-
-def _inside(place: Place, names: Names) -> list[cst.CSTNode]:
-    found = []
-    for up in names.above(place.after):
-        if isinstance(up, cst.FunctionDef):
-            break
-        found.append(up)
-    return found
 
 
 def translate(flag: Flag, place: Place, names: Names) -> str | None:

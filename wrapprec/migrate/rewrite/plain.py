@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
-from wrapprec.migrate.rewrite.found import optimizers
+from wrapprec.migrate.rewrite.found import is_optimizer, optimizers
 from wrapprec.migrate.rewrite.names import Names, Symbol
 from wrapprec.migrate.rewrite.place import Place, find_place, models_of, spelled
 from wrapprec.migrate.rewrite.syntax import cst, text
@@ -61,7 +61,15 @@ def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
             plan.reasons.append(manager)
         if not plan.reasons:
             _place(models, made, plan, names, package, policy)
-    return [plan for _, _, plan in groups]
+    return [plan for _, _, plan in groups] or _unknown(names)
+
+
+def _unknown(names: Names) -> list[Plan]:
+    """The optimizer that a file makes, where nothing of the file is known to step it."""
+    made = [node for node in names.nodes if isinstance(node, cst.Call) and is_optimizer(node, names)]
+    return (
+        [Plan(reasons=[Reason(made[0], "which loop steps this optimizer is not known in this file")])] if made else []
+    )
 
 
 def place_reason(place: Place) -> Reason:
@@ -97,7 +105,7 @@ def _place(models: list[Symbol], made: list[Symbol], plan: Plan, names: Names, p
     if isinstance(place, Reason):
         plan.reasons.append(place)
         return
-    line = names.line(place.after) + 1
+    line = names.last(place.after) + 1
     called = [spelled(root, place.function, line, names) for root in (*models, *made)]
     if None in called:
         plan.leave(place.after, "model and optimizer are not both at hand here")

@@ -42,6 +42,9 @@ class Uses:
             for use in names.uses[symbol]:
                 self.functions.add(names.function(use))
                 self._read(use, symbol)
+        for other in names.elsewhere(scaler.symbol):
+            self.functions.add(names.function(other))
+            plan.leave(other, f"`{text(other)}` may be the scaler, used from outside of its class")
         self._scales.finish()
 
     def _read(self, use: Expression, symbol: Symbol) -> None:
@@ -118,7 +121,8 @@ class Uses:
 
     def _step(self, call: cst.Call, use: Expression) -> None:
         optimizer = self._names.symbol(call.args[0].value) if call.args and not call.args[0].star else None
-        if optimizer is None or call.args[0].keyword is not None:
+        keyword = call.args[0].keyword if call.args else None
+        if optimizer is None or (keyword is not None and keyword.value != "optimizer"):
             self._plan.leave(call, "the optimizer of this step is not a plain name")
             return
         self.optimizers += [one for one in sorted(self._names.roots(optimizer), key=lambda s: s[1])]

@@ -14,7 +14,7 @@ from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
 from wrapprec.migrate.rewrite.halves import plan_halves
 from wrapprec.migrate.rewrite.imports import add_import, drop_imports, package_name, uses_wrapprec
-from wrapprec.migrate.rewrite.names import Names
+from wrapprec.migrate.rewrite.names import Function, Names
 from wrapprec.migrate.rewrite.plain import plan_plain
 from wrapprec.migrate.rewrite.syntax import cst
 
@@ -66,7 +66,9 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
     names = Names(module)
     package, imported = package_name(module)
     known = uses_wrapprec(module)
-    plans = [*plan_amp(names, package), *plan_apex(names, package), *plan_halves(names, package)]
+    kinds = [plan_amp(names, package), plan_apex(names, package), plan_halves(names, package)]
+    _part(kinds, names)
+    plans = [plan for kind in kinds for plan in kind]
     if known:
         plans = [_already(plan) for plan in plans]
     elif not plans:
@@ -86,6 +88,23 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
     new = finish(drop_imports(names.module, changed))
     _check(new)
     return Result(new, True, left, _remarks([note for plan in ready for note in plan.notes], names))
+
+
+def _part(kinds: Sequence[Sequence[Plan]], names: Names) -> None:
+    """Leave functions where several kinds of mixed precision meet: they share a model, and one line cannot be both."""
+    where = [[(plan, _functions(plan, names)) for plan in kind] for kind in kinds]
+    for number, kind in enumerate(where):
+        for plan, functions in kind:
+            for other, more in [one for rest in where[number + 1 :] for one in rest]:
+                if functions & more:
+                    for one in (plan, other):
+                        nodes = [reason.node for reason in one.reasons] + [*one.edits, *one.behind]
+                        one.leave(nodes[0], "several kinds of mixed precision are used together here: keep one by hand")
+
+
+def _functions(plan: Plan, names: Names) -> set[Function]:
+    nodes = [*plan.edits, *plan.behind, *(reason.node for reason in plan.reasons)]
+    return {names.function(node) for node in nodes if not isinstance(node, (cst.Import, cst.ImportFrom))}
 
 
 def _already(plan: Plan) -> Plan:

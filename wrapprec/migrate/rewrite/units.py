@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from wrapprec.migrate.rewrite.casts import Region, read_casts
+from wrapprec.migrate.rewrite.casts import Region, read_casts, without_gradients
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Cast, Reason, made_of
+from wrapprec.migrate.rewrite.foreign import read_foreign
 from wrapprec.migrate.rewrite.found import optimizers, read_scalers
-from wrapprec.migrate.rewrite.names import Expression, Names, Symbol
+from wrapprec.migrate.rewrite.names import Expression, Function, Names, Symbol
 from wrapprec.migrate.rewrite.place import home, models_of
 from wrapprec.migrate.rewrite.scalers import Uses
 from wrapprec.migrate.rewrite.syntax import cst
@@ -26,6 +27,8 @@ class Unit:
         scalers: the scalers with all their uses.
         optimizers: roots.
         handle: the name that its handle gets.
+        scales: whether a scaler belongs to it, known or not.
+        functions: those that it has a part in.
     """
 
     plan: Plan
@@ -34,6 +37,8 @@ class Unit:
     scalers: list[tuple[object, Uses]] = field(default_factory=list)
     optimizers: list[Symbol] = field(default_factory=list)
     handle: str = "handle"
+    scales: bool = False
+    functions: set[Function] = field(default_factory=set)
 
 
 class _Groups:
@@ -71,6 +76,7 @@ def find_units(names: Names) -> list[Unit]:
     """Find all groups of a file that use torch's automatic mixed precision."""
     casts = read_casts(names)
     scalers, reasons = read_scalers(names)
+    scaling = {id(reason) for reason in reasons}
     groups = _Groups()
     members: list[tuple[Hashable, Callable[[Unit], None]]] = []
 
@@ -90,6 +96,10 @@ def find_units(names: Names) -> list[Unit]:
         key: Hashable = ("function", region.function)
         groups.join([key, function_key(region.cast.call), *region.models])
         members.append((key, lambda unit, region=region: unit.regions.append(region)))  # type: ignore[misc]
+    for reason, stepped in read_foreign([one for scaler in scalers for one in names.family(scaler.symbol)], names):
+        groups.join([function_key(reason.node), *stepped])
+        scaling.add(id(reason))
+        reasons.append(reason)
     handle = fresh("handle", names)
     for number, scaler in enumerate(scalers):
         own = Plan()
@@ -106,7 +116,8 @@ def find_units(names: Names) -> list[Unit]:
         members.append((optimizer, lambda unit, one=optimizer: unit.optimizers.append(one)))  # type: ignore[misc]
     for reason in reasons:
         key = function_key(reason.node)
-        members.append((key, lambda unit, reason=reason: unit.plan.reasons.append(reason)))  # type: ignore[misc]
+        scales = id(reason) in scaling
+        members.append((key, lambda unit, one=reason, scales=scales: _leave(unit, one, scales, names)))  # type: ignore[misc]
     units: dict[Hashable, Unit] = {}
     for key, add in members:
         unit = units.setdefault(groups.find(key), Unit(Plan(), handle=handle))
@@ -114,13 +125,39 @@ def find_units(names: Names) -> list[Unit]:
     found = [unit for unit in units.values() if unit.regions or unit.scalers or unit.plan.reasons]
     for unit in found:
         unit.casts = list(dict.fromkeys(region.cast for region in unit.regions))
+        unit.functions |= {region.function for region in unit.regions}
     return found
 
 
 def _take(unit: Unit, uses: Uses, own: Plan) -> None:
     unit.scalers.append((uses.scaler, uses))
+    unit.functions |= uses.functions
+    unit.scales = True
     unit.plan.edits |= own.edits
     unit.plan.reasons += own.reasons
+
+
+def _leave(unit: Unit, reason: Reason, scales: bool, names: Names) -> None:
+    unit.plan.reasons.append(reason)
+    unit.functions.add(names.function(reason.node))
+    unit.scales |= scales
+
+
+def leave_callers(units: list[Unit], names: Names) -> None:
+    """Leave what calls code that stays: a loss without its scale would run through autocast that is still there."""
+    more = True
+    while more:
+        more = False
+        for kept in [unit for unit in units if unit.plan.reasons]:
+            calls = [(one, call) for one in kept.functions if one is not None for call in names.calls.get(one, [])]
+            for function, call in calls:
+                if without_gradients(call, names) or without_gradients(function, names):
+                    continue
+                for unit in units:
+                    bound = names.function(call) in unit.functions and (unit.scales or kept.scales)
+                    if bound and unit is not kept and not unit.plan.reasons:
+                        unit.plan.leave(call, f"`{function.name.value}`, which this calls, is left as it is")
+                        more = True
 
 
 def _instances(owner: cst.ClassDef, names: Names) -> set[Symbol]:

@@ -1,0 +1,51 @@
+"""Scalers that a file uses and does not make: what they scale stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from wrapprec.migrate.rewrite.facts import Reason
+from wrapprec.migrate.rewrite.found import optimizers
+from wrapprec.migrate.rewrite.names import Function, Names, Symbol
+from wrapprec.migrate.rewrite.syntax import cst, text
+
+
+def read_foreign(known: Iterable[Symbol], names: Names) -> list[tuple[Reason, set[Symbol]]]:
+    """Find what scales a loss, unscales gradients or steps an optimizer, and is no GradScaler that is known.
+
+    Args:
+        known: the symbols of scalers that are read elsewhere.
+        names: of the file.
+
+    Returns:
+        A reason for the first in each function, with the roots of the optimizers that are stepped there.
+    """
+    own, made = set(known), set(optimizers(names))
+    first: dict[Function, set[Symbol]] = {}
+    found: list[tuple[Reason, set[Symbol]]] = []
+    for node in names.nodes:
+        if not isinstance(node, cst.Call) or names.called(node) is not None or not node.args:
+            continue
+        symbols = [names.symbol(arg.value) for arg in node.args]
+        roots = {root for symbol in symbols if symbol is not None for root in names.roots(symbol)} & made
+        holder = _holder(node, bool(roots), names)
+        if holder is not None and names.symbol(holder) not in own:
+            function = names.function(node)
+            if function not in first:
+                first[function] = set()
+                words = f"`{text(holder)}` scales here, and this file does not show what it does"
+                found.append((Reason(node, words), first[function]))
+            first[function] |= roots
+    return found
+
+
+def _holder(call: cst.Call, steps: bool, names: Names) -> cst.BaseExpression | None:
+    """What holds the scaler in a call that uses one, if it does."""
+    func, up = call.func, names.parent(call)
+    name = func.attr.value if isinstance(func, cst.Attribute) else getattr(func, "value", "")
+    if isinstance(func, cst.Attribute):
+        goes_back = isinstance(up, cst.Attribute) and up.attr.value == "backward"
+        if name == "unscale_" or (name == "scale" and goes_back) or (name == "step" and steps):
+            return func.value
+    is_scaler = steps and isinstance(name, str) and name.lower().endswith("scaler")
+    return func if is_scaler else None  # timm's way: loss_scaler(loss, optimizer)
