@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -448,12 +449,41 @@ def test_rule_keeps_a_part_wide() -> None:
     assert model(torch.randn(2, 4)).dtype is BF16
 
 
-def test_state_dict_of_a_wide_model_loads_into_a_narrow_one() -> None:
+@pytest.mark.parametrize("policy", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("how", ["whole", "around", "copy", "pickle"])
+def test_state_dict_of_a_wide_model_loads_to_the_last_bit(policy: str, how: str) -> None:
+    """Not with the remainders of the weights before; a tie between two bfloat16 is split as its remainder wants it."""
     model, other = Net(), Net()
-    handle = wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.0), "bf16-true")
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(model.first.weight, other.first.weight.to(BF16))
+    with torch.no_grad():
+        other.first.weight[0, 0] = 1 + 2.0**-8
+        # Normal numbers of float16, below which remainders count coarser.
+        other.first.weight.add_(0.01 * other.first.weight.sign())
+    wide = other.first.weight.detach()
+    low = torch.bfloat16 if policy == "bf16-true" else torch.float16
+    handle = wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.0), policy)
+    if how == "around":
+        nn.Sequential(model).load_state_dict(nn.Sequential(other).state_dict())
+    else:
+        if how == "copy":
+            model = copy.deepcopy(model)
+        elif how == "pickle":
+            model = pickle.loads(pickle.dumps(model))
+        model.load_state_dict(other.state_dict())
+    assert model.first.weight.dtype is low
+    assert (model.first.weight.float() - wide).abs().max() <= torch.finfo(low).eps * wide.abs().max()
+    if how in ("copy", "pickle"):
+        wrapprec.unwrap(model)
     handle.unwrap()
-    # The remainders are of the weights before: half a last place of bfloat16 at most.
-    off = (model.first.weight - other.first.weight.to(BF16).float()).abs()
-    assert (off <= 2.0**-8 * other.first.weight.abs()).all()
+    # Of float16 a remainder counts 2**-15ths of a last place.
+    off = (model.first.weight - wide).abs()
+    assert (off <= (0.0 if policy == "bf16-true" else 2.0**-25) * wide.abs()).all()
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_low_precision_checkpoint_is_loaded_beside_its_remainders() -> None:
+    model = Net()
+    handle = wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.0), "bf16-true")
+    before = handle.state_dict()["rounding"][0]["rests"]["first.weight"].clone()
+    assert before.any()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert torch.equal(handle.state_dict()["rounding"][0]["rests"]["first.weight"], before)

@@ -19,7 +19,7 @@ from wrapprec.dtypes import LOW, REAL, name
 from wrapprec.errors import PolicyError, WrapprecError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
 from wrapprec.lent import originals
-from wrapprec.lowbit.keep import Kept
+from wrapprec.lowbit.keep import Kept, follow_loading, forget_loading
 from wrapprec.lowbit.words import split
 from wrapprec.plan import Plan
 from wrapprec.standin import forward_of
@@ -51,6 +51,8 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
         return
     if shared.converted is None:
         shared.converted = Kept(plan.rounding)
+        if plan.rounding == "kahan":
+            follow_loading(model, undo)
     kept = shared.converted
     params = list(_wanted(model, plan, False))
     changing = [found for found in params if found[1].dtype is not found[2]]
@@ -192,6 +194,7 @@ def restore_copy(model: nn.Module, kept: Kept) -> None:
             if tensor is not None and path in kept.dtypes:
                 found.setdefault(id(tensor), (path, tensor))
     restore(list(found.values()), kept)
+    forget_loading(model)
     _flatten(model)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from wrapprec.dtypes import LOW, REAL
 from wrapprec.errors import PolicyError, message
 from wrapprec.lowbit.words import combine, round_by_chance, split
+from wrapprec.standin import forward_of
+from wrapprec.undo import UndoStack
 
 if TYPE_CHECKING:
     from wrapprec.state import Shared
@@ -109,6 +113,40 @@ class Kept:
     def __getstate__(self) -> dict[str, Any]:
         # Generators do not pickle on every device; their states do.
         return {**self.__dict__, "_generators": {}, "_states": self._random()}
+
+
+def follow_loading(model: nn.Module, undo: UndoStack) -> None:
+    """Have the remainders follow a float32 checkpoint that is loaded, so that not even its last bits are lost.
+
+    Args:
+        model: the root; its weights have remainders.
+        undo: takes the hook away.
+    """
+    # torch puts the hook into an object that holds the module weakly, and copies with it.
+    model.register_load_state_dict_pre_hook(_load_rests)
+    ref = weakref.ref(model)
+    undo.push(lambda: forget_loading(ref()))
+
+
+def forget_loading(model: nn.Module | None) -> None:
+    """Take the hook away, of a copy of a wrapped model too."""
+    hooks = {} if model is None else model._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "hook", None) is _load_rests:
+            del hooks[key]
+
+
+def _load_rests(module: nn.Module, state: dict[str, Any], prefix: str, local: dict[str, Any], *_: Any) -> None:
+    """Split what is wider than the weights; torch copies the rest of `state`, which is its own, as it is."""
+    forward: Any = forward_of(module)
+    kept = None if forward is None else forward.shared.converted
+    if kept is None or local.get("assign_to_params_buffers"):
+        return
+    for name, rest in kept.rests.items():
+        given, dtype = state.get(prefix + name), kept.dtypes[name][1] if name in kept.dtypes else None
+        if isinstance(given, Tensor) and given.dtype in REAL - LOW and given.shape == rest.shape and dtype in LOW:
+            state[prefix + name], left = split(given.detach().to(torch.float32), dtype)
+            rest.copy_(left)
 
 
 def forget_rests(models: Iterable[Shared]) -> None:
