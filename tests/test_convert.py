@@ -304,6 +304,19 @@ def test_new_submodule_is_converted_when_it_is_taken_up() -> None:
     assert model[1].weight.dtype is F32
 
 
+def test_layer_in_the_place_of_another_has_none_of_its_remainders() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    handle = wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.0), "bf16-true")
+    model[0] = nn.Linear(8, 8).to(BF16)
+    before = model[0].weight.detach().clone()
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-20)
+    handle.attach(optimizer)
+    model[0].weight.grad = torch.ones_like(before)
+    optimizer.step()
+    assert not any(rest.abs().max() > 2**14 for rest in handle.state_dict()["rounding"][0]["rests"].values())
+
+
 def test_tensor_hooks_still_run() -> None:
     model = nn.Linear(4, 2)
     seen: list[Any] = []

@@ -62,6 +62,8 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     graded: list[tuple[Tensor, torch.dtype | None]] = []
     undo.push(lambda: _set_grad_dtypes(graded))
     undo.push(lambda: restore(done, kept))
+    for fqn, _, _ in params:
+        kept.rests.pop(fqn, None)  # of a module that stood in this place before
     for fqn, tensor, dtype in changing:
         kept.dtypes[fqn] = tensor.dtype, dtype
         low = tensor.detach().to(dtype)
