@@ -448,7 +448,7 @@ def test_script_exports_its_model_as_it_would_alone_and_trains_on(run: Any, reco
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_model_with_low_precision_weights_is_recorded_as_it_is(run: Any) -> None:
     source = "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
-    ran = run(source + "recorded = torch.jit.trace(model, (x,))\nout = recorded(x)", "bf16-true")
+    ran = run(source + "recorded = torch.jit.trace(model, (x,))\nout = recorded(x)", "p=bf16,c=bf16,o=f32")
     assert torch.equal(ran.names["out"], ran.names["model"](ran.names["x"]))
 
 
