@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from wrapprec import levels
 from wrapprec.border import forget_raised
@@ -191,3 +192,23 @@ def warn_of_hooks(forward: Forward) -> None:
             )
             warnings.warn(text, WrapprecWarning, stacklevel=6)
             return
+
+
+def warn_of_strangers(optimizer: Optimizer, known: set[int]) -> None:
+    """Say that an optimizer steps parameters of no wrapped model.
+
+    Args:
+        optimizer: that is attached.
+        known: the ids of the parameters of wrapped models.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    strange = [p for p in params if id(p) not in known]
+    if strange:
+        text = message(
+            "an optimizer of the wrapped model's parameters",
+            f"{type(optimizer).__name__} with {len(strange)} of {len(params)} parameters that no wrapped model owns"
+            f", the first of shape {tuple(strange[0].shape)}",
+            remedy="wrap the model that owns them too, or build the optimizer from model.parameters() after the"
+            " model got its final parameters; they are trained as they are",
+        )
+        warnings.warn(text, WrapprecWarning, stacklevel=4)

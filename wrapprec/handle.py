@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from wrapprec.checks import warn_of_strangers
 from wrapprec.current import thread
-from wrapprec.errors import WrapprecError, WrapprecWarning, message
+from wrapprec.errors import WrapprecError, message
 from wrapprec.hold import check_scheduler
 from wrapprec.lowbit.attach import follow_dtypes, keep_updates
 from wrapprec.lowbit.keep import load_kept, save_kept
@@ -163,7 +163,8 @@ class Handle:
             return
         for model in self._models:
             check_attached(model.model, optimizer)
-        self._warn_of_strangers(optimizer)
+        known = {id(p) for model in self._models for p in model.parameters()}
+        warn_of_strangers(optimizer, known.union(*(originals(model.model) for model in self._models)))
         bits = self._optimizer_bits if optimizer_bits is None else optimizer_bits
         check(optimizer, bits)
         follow_dtypes(optimizer, self._models, self._undo)
@@ -198,21 +199,6 @@ class Handle:
         stepper.restored.scale_loaded = self._loaded
         self._steppers.append(stepper)
         return stepper
-
-    def _warn_of_strangers(self, optimizer: Optimizer) -> None:
-        known = {id(p) for model in self._models for p in model.parameters()}
-        known.update(*(originals(model.model) for model in self._models))
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [p for p in params if id(p) not in known]
-        if strange:
-            text = message(
-                "an optimizer of the wrapped model's parameters",
-                f"{type(optimizer).__name__} with {len(strange)} of {len(params)} parameters that no wrapped model owns"
-                f", the first of shape {tuple(strange[0].shape)}",
-                remedy="wrap the model that owns them too, or build the optimizer from model.parameters() after the"
-                " model got its final parameters; they are trained as they are",
-            )
-            warnings.warn(text, WrapprecWarning, stacklevel=4)
 
     # Saving and resuming
 
