@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -301,12 +302,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _count(rank: int, rendezvous: str, report: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    seen: dict[str, float] = {}
-    x = ids()
-
+def _sent_by_ddp(seen: dict[str, float]) -> None:
     def note(_, bucket):  # type: ignore[no-untyped-def]  # torch looks at the hints, which are text here
         seen["ddp"] = seen.get("ddp", 0) + bucket.buffer().nbytes
         done = torch.futures.Future()
@@ -317,17 +313,30 @@ def _count(rank: int, rendezvous: str, report: str) -> None:
     wrapprec.wrap(model, policy="bf16-mixed")
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(None, note)
-    loss_of(ddp, x).backward()
+    loss_of(ddp, ids()).backward()
 
+
+def _sent_by_fsdp(seen: dict[str, float]) -> None:
     model = Tied()
     casts = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=casts)
     fully_shard(model, mp_policy=casts)
     with torch.autocast("cpu", torch.bfloat16), Collectives(seen):
-        loss_of(model, x).backward()
+        loss_of(model, ids()).backward()
     seen["shard"] = sum(p.to_local().nbytes for p in model.parameters())
+
+
+def _count(rank: int, rendezvous: str, report: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    seen: dict[str, float] = {}
+    _sent_by_ddp(seen)
+    _sent_by_fsdp(seen)
     torch.save(seen, f"{report}{rank}")
+    # What is left of the models holds on to the group, whose threads must have ended when the interpreter does.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -27,6 +27,7 @@ def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | No
         The module itself if it owns them all. Otherwise the smallest module around it that owns the most of them, and
         others for the rest.
 
+    >>> import torch
     >>> encoder, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.1)
     >>> roots_of(encoder, params_of([optimizer])) == [encoder, decoder]
