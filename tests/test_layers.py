@@ -38,6 +38,7 @@ LAYERS: dict[str, str] = {
     " migrate.script migrate.run"
     " migrate.rewrite migrate.rewrite.syntax migrate.rewrite.names migrate.rewrite.facts"
     " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.lists migrate.rewrite.apply migrate.rewrite.imports"
+    " migrate.rewrite.shim"
     " migrate.rewrite.order migrate.rewrite.foreign"
     " migrate.rewrite.place migrate.rewrite.skips migrate.rewrite.scalers migrate.rewrite.casts"
     " migrate.rewrite.units migrate.rewrite.settings migrate.rewrite.passing migrate.rewrite.mistakes"

@@ -23,11 +23,7 @@ def plan_apex(names: Names, package: str) -> list[Plan]:
     """
     found: dict[str, list[cst.Call]] = {}
     plan = Plan()
-    rest = Plan()
     for node in names.nodes:
-        home = text(node.module) if isinstance(node, cst.ImportFrom) and node.module is not None else ""
-        if home.startswith("apex.") and not home.startswith("apex.amp"):
-            rest.leave(node, f"`{home}` stays: wrapprec.migrate.apex has it too")
         if not isinstance(node, (cst.Name, cst.Attribute)):
             continue
         name = next((one for one in names.qualified(node) if one.startswith("apex.amp")), None)
@@ -44,7 +40,7 @@ def plan_apex(names: Names, package: str) -> list[Plan]:
         plan.leave(calls[0], f"there is not exactly one amp.initialize in this file; {_SHIM}")
     if found and not plan.reasons:
         _Apex(found, plan, names, package).read()
-    return [one for one in (plan, rest) if one.edits or one.reasons]
+    return [plan] if plan.edits or plan.reasons else []
 
 
 def _is_import(node: cst.CSTNode, names: Names) -> bool:

@@ -35,6 +35,7 @@ class Plan:
         behind: lines of code to put behind a statement.
         reasons: why the group is left; nothing of it is edited then.
         notes: what to know of an edit.
+        kept: parts that stay, and why, beside others that are edited.
         wraps: whether the edits bring a line with `wrap`.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     behind: dict[cst.CSTNode, list[str]] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
+    kept: list[Reason] = field(default_factory=list)
     wraps: bool = False
 
     def drop(self, node: cst.CSTNode) -> None:
@@ -56,6 +58,10 @@ class Plan:
     def leave(self, node: cst.CSTNode, words: str) -> None:
         """The group stays as it is, for this reason."""
         self.reasons.append(Reason(node, words))
+
+    def keep(self, node: cst.CSTNode, words: str) -> None:
+        """One part stays as it is, for this reason."""
+        self.kept.append(Reason(node, words))
 
     def note(self, node: cst.CSTNode, words: str) -> None:
         """There is something to know."""

@@ -110,12 +110,16 @@ def _is_free(
 ) -> bool:
     name = text(alias.name)
     bound = text(alias.asname.name) if alias.asname is not None else name
+    if "apex" in (home or name).split(".") or name == "apex":  # what stands in for it was put there a moment ago
+        home, name = (one.removeprefix("wrapprec.migrate").removeprefix(".") for one in (home, name))
     full = f"{home}.{name}" if home else name
     if not home and alias.asname is None and "." in name:  # `import torch.cuda.amp` binds `torch`
         used = any(one == name or one.startswith(name + ".") for one in now["chains"])
         return full in FAMILY and not used and _binds(module, name.split(".")[0], alias)
     if bound in now["names"]:
         return False
+    if full == "apex":
+        return bound in then["names"]
     amp = (home, name) in _PARTS or full in FAMILY or home in FAMILY
     return amp or (bound in then["names"] and (home, name) in {("contextlib", "nullcontext"), ("", "contextlib")})
 
