@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wrapprec.migrate.rewrite.edits import Fork, Plan, wrap_call
-from wrapprec.migrate.rewrite.facts import argument, constant, is_module
+from wrapprec.migrate.rewrite.facts import argument, constant, is_module, mentions
 from wrapprec.migrate.rewrite.names import Expression, Function, Names
 from wrapprec.migrate.rewrite.place import spelled
 from wrapprec.migrate.rewrite.syntax import cst, each, same, text
@@ -74,6 +74,7 @@ class _Apex:
 
     def _initialize(self) -> None:
         plan, call = self._plan, self._init
+        plan.serves = {one for arg in call.args[:2] for one in mentions(arg, self._names)}
         assign = self._names.parent(call)
         models, optimizers = argument(call, "models", 0), argument(call, "optimizers", 1)
         if any(arg.star for arg in call.args) or models is None or not isinstance(assign, cst.Assign):

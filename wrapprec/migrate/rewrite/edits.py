@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from wrapprec.migrate.rewrite.facts import Reason
+from wrapprec.migrate.rewrite.names import Symbol
 from wrapprec.migrate.rewrite.syntax import cst
 
 Edit: TypeAlias = "Callable[[cst.CSTNode], cst.CSTNode | None]"
@@ -36,6 +37,7 @@ class Plan:
         reasons: why the group is left; nothing of it is edited then.
         notes: what to know of an edit.
         kept: parts that stay, and why, beside others that are edited.
+        serves: the roots of the models and optimizers that it is about.
         wraps: whether the edits bring a line with `wrap`.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     reasons: list[Reason] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
     kept: list[Reason] = field(default_factory=list)
+    serves: set[Symbol] = field(default_factory=set)
     wraps: bool = False
 
     def drop(self, node: cst.CSTNode) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
-from wrapprec.migrate.rewrite.found import is_optimizer, optimizers
+from wrapprec.migrate.rewrite.found import optimizers
 from wrapprec.migrate.rewrite.names import Names, Symbol
 from wrapprec.migrate.rewrite.place import Place, find_place, models_of, spelled
 from wrapprec.migrate.rewrite.syntax import cst, text
@@ -55,21 +55,14 @@ def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
             groups.append((models, [optimizer], mine))
     if not any(text(node.func).endswith(".backward") for node in names.nodes if isinstance(node, cst.Call)):
         return []
-    manager = _manager(names)
+    manager = manager_of(names)
     for models, made, plan in groups:
+        plan.serves = {*models, *made}
         if manager is not None:
             plan.reasons.append(manager)
         if not plan.reasons:
             _place(models, made, plan, names, package, policy)
-    return [plan for _, _, plan in groups] or _unknown(names)
-
-
-def _unknown(names: Names) -> list[Plan]:
-    """The optimizer that a file makes, where nothing of the file is known to step it."""
-    made = [node for node in names.nodes if isinstance(node, cst.Call) and is_optimizer(node, names)]
-    return (
-        [Plan(reasons=[Reason(made[0], "which loop steps this optimizer is not known in this file")])] if made else []
-    )
+    return [plan for _, _, plan in groups]
 
 
 def place_reason(place: Place) -> Reason:
@@ -82,7 +75,8 @@ def _is_stepped(optimizer: Symbol, names: Names) -> bool:
     return any(isinstance(up, cst.Attribute) and up.attr.value == "step" for up in used)
 
 
-def _manager(names: Names) -> Reason | None:
+def manager_of(names: Names) -> Reason | None:
+    """What in a file may manage precision, if anything does."""
     for node in names.nodes:
         homes: list[str] = []
         if isinstance(node, cst.Import):

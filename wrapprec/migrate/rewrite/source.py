@@ -14,6 +14,7 @@ from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
 from wrapprec.migrate.rewrite.halves import plan_halves
 from wrapprec.migrate.rewrite.imports import add_import, drop_imports, package_name, uses_wrapprec
+from wrapprec.migrate.rewrite.loops import unspoken
 from wrapprec.migrate.rewrite.names import Function, Names
 from wrapprec.migrate.rewrite.plain import plan_plain
 from wrapprec.migrate.rewrite.shim import plan_shim
@@ -84,7 +85,8 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
             plan.reasons.append(reason)
         if not failures:
             break
-    left = _remarks([*shim.kept, *(reason for plan in plans for reason in plan.reasons)], names)
+    loops = unspoken(plans, names, known)
+    left = _remarks([*shim.kept, *loops, *(reason for plan in plans for reason in plan.reasons)], names)
     if not ready:
         return Result(module, False, left, ())
     if not imported and any(plan.wraps for plan in ready):
