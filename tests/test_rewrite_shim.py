@@ -160,6 +160,14 @@ def test_where_amp_stays_the_rest_of_apex_stays_with_it() -> None:
     )
 
 
+def test_what_a_script_itself_calls_apex_is_not_apex() -> None:
+    stays("apex = Peak()\napex.climb()\n")
+    becomes(
+        "import apex.optimizers as optimizers\n\ndef f(apex):\n    return apex.top\n",
+        "import wrapprec.migrate.apex.optimizers as optimizers\n\ndef f(apex):\n    return apex.top\n",
+    )
+
+
 def test_a_name_of_the_script_is_not_taken_for_one_that_a_star_brings() -> None:
     source = textwrap.dedent(
         """
@@ -171,3 +179,24 @@ def test_a_name_of_the_script_is_not_taken_for_one_that_a_star_brings() -> None:
     )
     code, result = rewritten(source)
     assert code == source.replace("apex", "wrapprec.migrate.apex", 1) and not result.left
+
+
+@pytest.mark.parametrize("imports", ["from apex import amp", "from apex import amp, optimizers", "import apex"])
+def test_apex_without_its_amp_manages_no_precision(imports: str) -> None:
+    make = "torch.optim.SGD" if "optimizers" not in imports else "optimizers.FusedSGD"
+    script = (
+        f"import torch\n{imports}\nmodel = torch.nn.Linear(2, 1)\noptimizer = {make}(model.parameters(), lr=0.1)\n"
+        "for x in loader:\n    optimizer.zero_grad()\n    model(x).sum().backward()\n    optimizer.step()\n"
+    )
+    code, result = rewritten(script)
+    assert 'wrapprec.wrap(model, optimizer, "auto")' in code and "import amp" not in code and not result.left
+    assert "from apex" not in code and "import apex\n" not in code.replace("from wrapprec.migrate import apex\n", "")
+
+
+def test_a_plain_loop_beside_a_part_of_apex_that_stays_is_left() -> None:
+    _, result = rewritten(
+        "import torch\nfrom apex import amp\nfrom apex.contrib import sparsity\nmodel = torch.nn.Linear(2, 1)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nmodel(x).sum().backward()\noptimizer.step()\n"
+    )
+    assert [one.line for one in result.left] == [2, 3]
+    assert "apex may manage precision here" in result.left[0].words

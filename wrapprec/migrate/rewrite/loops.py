@@ -46,7 +46,7 @@ def _is_ours(node: cst.CSTNode, names: Names) -> bool:
 
 
 def _elsewhere(names: Names) -> str:
-    manager = manager_of(names)
+    manager = manager_of(names, frozenset({"apex"}))  # whose amp has plans of its own
     return "which model and optimizer this loop trains is not known in this file" if manager is None else manager.words
 
 
@@ -124,9 +124,7 @@ def _words(call: cst.Call, names: Names) -> str | None:
         for root in roots:
             values = [value for _, value in names.values.get(root, [])]
             if any(isinstance(value, cst.IfExp) or constant(value) == "None" for value in values):
-                return (
-                    f"`{root[1]}`, which this loop steps, is made by a condition: call wrapprec.wrap where it is made"
-                )
+                return f"`{root[1]}`, which this loop steps, is made by a condition: call wrapprec.wrap behind it"
         if roots and roots <= made:
             return "this loop trains without mixed precision, in a file that uses it elsewhere: it stays as it is"
     return None

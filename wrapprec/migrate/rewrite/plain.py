@@ -31,13 +31,14 @@ _HALVES = (
 )
 
 
-def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
+def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str] = frozenset()) -> list[Plan]:
     """Plan one line for every group of models and optimizers that a plain loop trains.
 
     Args:
         names: of the file.
         package: what wrapprec is called in it.
         policy: for `wrap`.
+        harmless: managers of precision that do nothing of it in this file.
     """
     groups: list[tuple[list[Symbol], list[Symbol], Plan]] = []
     for optimizer in optimizers(names):
@@ -55,7 +56,7 @@ def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
             groups.append((models, [optimizer], mine))
     if not any(text(node.func).endswith(".backward") for node in names.nodes if isinstance(node, cst.Call)):
         return []
-    manager = manager_of(names)
+    manager = manager_of(names, harmless)
     for models, made, plan in groups:
         plan.serves = {*models, *made}
         if manager is not None:
@@ -75,7 +76,7 @@ def _is_stepped(optimizer: Symbol, names: Names) -> bool:
     return any(isinstance(up, cst.Attribute) and up.attr.value == "step" for up in used)
 
 
-def manager_of(names: Names) -> Reason | None:
+def manager_of(names: Names, harmless: frozenset[str] = frozenset()) -> Reason | None:
     """What in a file may manage precision, if anything does."""
     for node in names.nodes:
         homes: list[str] = []
@@ -84,7 +85,7 @@ def manager_of(names: Names) -> Reason | None:
         elif isinstance(node, cst.ImportFrom) and node.module is not None:
             homes = [text(node.module)]
         for home in homes:
-            if home.split(".")[0] in MANAGERS:
+            if home.split(".")[0] in MANAGERS and home.split(".")[0] not in harmless:
                 return Reason(node, f"{home.split('.')[0]} may manage precision here: see docs/migrating.md")
         if isinstance(node, (cst.Call, cst.Attribute)) and text(node).endswith(_HALVES):
             return Reason(node, f"`{text(node)}`: this file sets a precision itself")

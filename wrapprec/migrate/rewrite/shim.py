@@ -100,7 +100,8 @@ def _troubles(
             first = next(one for one in each(node) if isinstance(one, cst.Name))
             by = [one for one in imports if first.value in _bound(one)]
             homes = [home for one in by if isinstance(one, cst.ImportFrom) for home in _homes(one)]
-            words = _trouble(_as_package(whole, homes), called)
+            own = not by or names.symbol(first) in names.params  # something of the script has the name
+            words = None if own else _trouble(_as_package(whole, homes), called)
             found += [] if words is None else [(node, words, by)]
         elif isinstance(node, cst.Name) and not isinstance(up, (cst.AssignTarget, cst.Param)):
             for star in stars if names.symbol(node) is None else []:
