@@ -37,11 +37,13 @@ LAYERS: dict[str, str] = {
     " migrate.alias migrate.clock migrate.outcome migrate.roots migrate.find migrate.recorders"
     " migrate.script migrate.run"
     " migrate.rewrite migrate.rewrite.syntax migrate.rewrite.names migrate.rewrite.facts"
-    " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.lists migrate.rewrite.apply migrate.rewrite.imports"
-    " migrate.rewrite.order migrate.rewrite.foreign"
+    " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.lists migrate.rewrite.comments"
+    " migrate.rewrite.apply migrate.rewrite.imports"
+    " migrate.rewrite.shim migrate.rewrite.order migrate.rewrite.foreign"
     " migrate.rewrite.place migrate.rewrite.skips migrate.rewrite.scalers migrate.rewrite.casts"
     " migrate.rewrite.units migrate.rewrite.settings migrate.rewrite.passing migrate.rewrite.mistakes"
-    " migrate.rewrite.amp migrate.rewrite.apex migrate.rewrite.plain migrate.rewrite.halves migrate.rewrite.source"
+    " migrate.rewrite.amp migrate.rewrite.apex migrate.rewrite.plain migrate.rewrite.loops"
+    " migrate.rewrite.halves migrate.rewrite.source"
     " migrate.rewrite.notebook migrate.rewrite.files migrate.command",
     "package": "__init__",
     "cli": "cli __main__",

@@ -248,7 +248,7 @@ def test_a_magic_of_several_lines_survives() -> None:
 def test_a_loop_whose_optimizer_is_not_known_is_left_with_a_reason() -> None:
     run = "optimizer = optimizer or None\nmodel(x).mean().backward()\noptimizer.step()\noptimizer.zero_grad()"
     end = _in("def run(model, optimizer):", run) + "run(model, optimizer)\n"
-    stays("import torch\n" + MADE + end, (3, "which loop steps this optimizer is not known"))
+    stays("import torch\n" + MADE + end, (6, "optimizer this loop trains is not known"))
 
 
 def test_a_loss_that_is_called_at_once_is_no_module_of_which_to_tell() -> None:

@@ -60,6 +60,7 @@ def _plan(unit: Unit, names: Names, package: str) -> None:
     if plan.reasons:
         return
     wraps = _wraps(unit, working, names)
+    plan.serves = {root for wrap in wraps for root in (*wrap.models, *wrap.optimizers)}
     for region in working:
         if region.inside is None:
             trouble = outside(region, {model for one in wraps for model in one.models}, working, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wrapprec.migrate.rewrite.edits import Fork, Plan, wrap_call
-from wrapprec.migrate.rewrite.facts import argument, constant, is_module
+from wrapprec.migrate.rewrite.facts import argument, constant, is_module, mentions
 from wrapprec.migrate.rewrite.names import Expression, Function, Names
 from wrapprec.migrate.rewrite.place import spelled
 from wrapprec.migrate.rewrite.syntax import cst, each, same, text
@@ -23,11 +23,7 @@ def plan_apex(names: Names, package: str) -> list[Plan]:
     """
     found: dict[str, list[cst.Call]] = {}
     plan = Plan()
-    rest = Plan()
     for node in names.nodes:
-        home = text(node.module) if isinstance(node, cst.ImportFrom) and node.module is not None else ""
-        if home.startswith("apex.") and not home.startswith("apex.amp"):
-            rest.leave(node, f"`{home}` stays: wrapprec.migrate.apex has it too")
         if not isinstance(node, (cst.Name, cst.Attribute)):
             continue
         name = next((one for one in names.qualified(node) if one.startswith("apex.amp")), None)
@@ -44,7 +40,7 @@ def plan_apex(names: Names, package: str) -> list[Plan]:
         plan.leave(calls[0], f"there is not exactly one amp.initialize in this file; {_SHIM}")
     if found and not plan.reasons:
         _Apex(found, plan, names, package).read()
-    return [one for one in (plan, rest) if one.edits or one.reasons]
+    return [plan] if plan.edits or plan.reasons else []
 
 
 def _is_import(node: cst.CSTNode, names: Names) -> bool:
@@ -78,6 +74,7 @@ class _Apex:
 
     def _initialize(self) -> None:
         plan, call = self._plan, self._init
+        plan.serves = {one for arg in call.args[:2] for one in mentions(arg, self._names)}
         assign = self._names.parent(call)
         models, optimizers = argument(call, "models", 0), argument(call, "optimizers", 1)
         if any(arg.star for arg in call.args) or models is None or not isinstance(assign, cst.Assign):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from wrapprec.migrate.rewrite.comments import comment_lines, keep_comments
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
 from wrapprec.migrate.rewrite.lists import GONE, commas, parameters
@@ -46,7 +47,7 @@ class _Transformer(cst.CSTTransformer):
 
     def on_leave(self, original: Any, updated: Any) -> Any:
         """Edit a node after its parts were edited."""
-        updated = super().on_leave(original, updated)
+        edited = updated = super().on_leave(original, updated)
         if original in self._edits:
             changed = self._edits[original][0](updated)
             if changed is None and isinstance(original, cst.WithItem):  # libcst allows no `with` without items
@@ -71,6 +72,8 @@ class _Transformer(cst.CSTTransformer):
             updated = _try(original, updated)
         if isinstance(original, (cst.IndentedBlock, cst.Module)):
             updated = _sweep(updated)
+        if isinstance(original, cst.BaseStatement) and original not in self._elifs:
+            updated = keep_comments(original, edited, updated)
         if original in self._behind:
             more = [cst.parse_statement(line + "\n") for line in self._behind[original]]
             first = [*updated.nodes] if isinstance(updated, cst.FlattenSentinel) else [updated]
@@ -156,14 +159,6 @@ def _gone(lines: Sequence[cst.EmptyLine], more: Sequence[cst.EmptyLine]) -> cst.
     return cst.SimpleStatementLine([cst.Expr(cst.Name(GONE))], leading_lines=[*lines, *more])
 
 
-def _comment(trailing: cst.TrailingWhitespace) -> list[cst.EmptyLine]:
-    """The comment at the end of a line as a line of its own; one for a checker goes with its line."""
-    comment = trailing.comment
-    if comment is None or comment.value.startswith(("# noqa", "# type:", "#noqa", "# pylint:", "# fmt:")):
-        return []
-    return [cst.EmptyLine(comment=comment, newline=trailing.newline)]
-
-
 def _line(original: Any, updated: Any) -> Any:
     """A line of statements, of which some may have gone."""
     if len(updated.body) == len(original.body):
@@ -171,7 +166,7 @@ def _line(original: Any, updated: Any) -> Any:
     if not updated.body:
         if isinstance(updated, cst.SimpleStatementSuite):
             return updated.with_changes(body=[cst.Expr(cst.Name(GONE))])
-        return _gone(updated.leading_lines, _comment(updated.trailing_whitespace))
+        return _gone(updated.leading_lines, comment_lines(updated.trailing_whitespace))
     last = updated.body[-1].with_changes(semicolon=original.body[-1].semicolon)
     return updated.with_changes(body=[*updated.body[:-1], last])
 
@@ -194,10 +189,10 @@ def _flat(lines: Sequence[cst.EmptyLine], body: cst.BaseSuite) -> Any:
     """The statements of a block in the place of the statement that held it."""
     if isinstance(body, cst.SimpleStatementSuite):
         if _is_empty(body):
-            return _gone(lines, _comment(body.trailing_whitespace))
+            return _gone(lines, comment_lines(body.trailing_whitespace))
         return cst.SimpleStatementLine(body.body, leading_lines=lines, trailing_whitespace=body.trailing_whitespace)
     assert isinstance(body, cst.IndentedBlock)
-    before = _gone(lines, _comment(body.header))
+    before = _gone(lines, comment_lines(body.header))
     return cst.FlattenSentinel([before, *body.body, _gone([], [line for line in body.footer if line.comment])])
 
 
@@ -212,7 +207,7 @@ def _lines_of(body: cst.BaseSuite) -> list[cst.EmptyLine]:
     if not isinstance(body, cst.IndentedBlock):
         return []
     lines = [line for one in body.body for line in getattr(one, "leading_lines", ())]
-    return [*_comment(body.header), *(line for line in [*lines, *body.footer] if line.comment is not None)]
+    return [*comment_lines(body.header), *(line for line in [*lines, *body.footer] if line.comment is not None)]
 
 
 def _sweep(block: Any) -> Any:

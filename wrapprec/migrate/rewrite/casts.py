@@ -78,11 +78,19 @@ def read_casts(names: Names) -> Casts:
             inner = isinstance(up, (cst.ImportAlias, cst.Attribute)) or any(
                 isinstance(one, (cst.Import, cst.ImportFrom)) for one in names.above(node)
             )
-            if not inner and not (isinstance(up, cst.Call) and up.func is node):
-                found.reasons.append(Reason(node, f"`{text(node)}` is passed on, not called"))
+            if not inner and not (isinstance(up, cst.Call) and up.func is node) and not names.aliases(up, node):
+                found.reasons.append(Reason(node, _passed_on(node, up, names)))
     for region in found.regions:
         _look_around(region, names)
     return found
+
+
+def _passed_on(node: cst.CSTNode, up: cst.CSTNode | None, names: Names) -> str:
+    target = up.targets[0].target if isinstance(up, cst.Assign) and len(up.targets) == 1 else None
+    symbol = names.symbol(target)
+    if symbol is not None and len(names.values[symbol]) > 1:
+        return f"`{symbol[1]}` is set more than once: which autocast it is, is not known"
+    return f"`{text(node)}` is passed on, not called"
 
 
 def _follow(cast: Cast, found: Casts, names: Names) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from wrapprec.migrate.rewrite.facts import Reason
+from wrapprec.migrate.rewrite.names import Symbol
 from wrapprec.migrate.rewrite.syntax import cst
 
 Edit: TypeAlias = "Callable[[cst.CSTNode], cst.CSTNode | None]"
@@ -35,6 +36,8 @@ class Plan:
         behind: lines of code to put behind a statement.
         reasons: why the group is left; nothing of it is edited then.
         notes: what to know of an edit.
+        kept: parts that stay, and why, beside others that are edited.
+        serves: the roots of the models and optimizers that it is about.
         wraps: whether the edits bring a line with `wrap`.
     """
 
@@ -43,6 +46,8 @@ class Plan:
     behind: dict[cst.CSTNode, list[str]] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
+    kept: list[Reason] = field(default_factory=list)
+    serves: set[Symbol] = field(default_factory=set)
     wraps: bool = False
 
     def drop(self, node: cst.CSTNode) -> None:
@@ -56,6 +61,10 @@ class Plan:
     def leave(self, node: cst.CSTNode, words: str) -> None:
         """The group stays as it is, for this reason."""
         self.reasons.append(Reason(node, words))
+
+    def keep(self, node: cst.CSTNode, words: str) -> None:
+        """One part stays as it is, for this reason."""
+        self.kept.append(Reason(node, words))
 
     def note(self, node: cst.CSTNode, words: str) -> None:
         """There is something to know."""

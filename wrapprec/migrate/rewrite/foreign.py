@@ -34,9 +34,19 @@ def read_foreign(known: Iterable[Symbol], names: Names) -> list[tuple[Reason, se
             if function not in first:
                 first[function] = set()
                 words = f"`{text(holder)}` scales here, and this file does not show what it does"
+                if _is_shared(holder, names):
+                    words = f"`{text(holder)}` is made in the body of the class, not where the optimizer is made"
                 found.append((Reason(node, words), first[function]))
             first[function] |= roots
     return found
+
+
+def _is_shared(holder: cst.BaseExpression, names: Names) -> bool:
+    """Whether an attribute of `self` is one of the class."""
+    symbol = names.symbol(holder) if isinstance(holder, cst.Attribute) else None
+    owner = symbol[0] if symbol is not None else None
+    shared = [one for one in names.values if names.in_class(one) and getattr(one[0], "node", None) is owner]
+    return symbol is not None and symbol not in names.values and any(one[1] == symbol[1] for one in shared)
 
 
 def _holder(call: cst.Call, steps: bool, names: Names) -> cst.BaseExpression | None:

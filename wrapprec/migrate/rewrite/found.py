@@ -16,6 +16,7 @@ from wrapprec.migrate.rewrite.names import Expression, Names, Symbol
 from wrapprec.migrate.rewrite.syntax import cst, text
 
 NUMBERS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
+_SHARED = "`{}` is made in the body of the class, and all its objects share it: make it where the optimizer is made"
 _NOT_OPTIMIZERS = ("torch.optim.lr_scheduler.", "torch.optim.swa_utils.")
 
 
@@ -28,8 +29,10 @@ def read_scalers(names: Names) -> tuple[list[Scaler], list[Reason]]:
             reasons.append(Reason(node, "FSDP's own scaler: see docs/migrating.md"))
         if isinstance(node, (cst.Name, cst.Attribute)) and names.qualified(node) & SCALER:
             up = names.parent(node)
-            if isinstance(up, cst.Attribute) or any(
-                isinstance(one, (cst.Import, cst.ImportFrom, cst.Annotation)) for one in names.above(node)
+            if (
+                isinstance(up, cst.Attribute)
+                or names.aliases(up, node)
+                or any(isinstance(one, (cst.Import, cst.ImportFrom, cst.Annotation)) for one in names.above(node))
             ):
                 continue
             if not (isinstance(up, cst.Call) and up.func is node):
@@ -48,6 +51,8 @@ def _scaler(call: cst.Call, names: Names) -> Scaler | Reason:
     symbol = names.symbol(target)
     if symbol is None or up is None:
         return Reason(call, "the scaler is not held by one variable")
+    if names.in_class(symbol):
+        return Reason(call, _SHARED.format(text(call.func)))
     others = [(node, one) for node, one in names.values[symbol] if one is not value]
     if any(constant(one) != "None" for _, one in others) or symbol in names.moving:
         return Reason(call, f"`{symbol[1]}` is set to more than one scaler")

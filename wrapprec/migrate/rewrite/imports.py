@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from wrapprec.migrate.rewrite.apply import apply
 from wrapprec.migrate.rewrite.edits import Plan
+from wrapprec.migrate.rewrite.facts import AUTOCAST, SCALER
+from wrapprec.migrate.rewrite.names import Names
 from wrapprec.migrate.rewrite.syntax import cst, each, text
 
 FAMILY = ("torch.amp", "torch.cuda.amp", "torch.cpu.amp", "apex.amp")
@@ -84,6 +87,26 @@ def _homes(part: cst.CSTNode) -> list[str]:
     return [text(part.module)] if isinstance(part, cst.ImportFrom) and part.module is not None else []
 
 
+def drop_aliases(names: Names, after: cst.Module) -> cst.Module:
+    """Take away `autocast = torch.cuda.amp.autocast` where the code that went was the last to use it."""
+    found = [node for node in names.nodes if isinstance(node, cst.Assign) and names.aliases(node, node.value)]
+    known = {text(node) for node in found if names.qualified(node.value) & (AUTOCAST | SCALER)}
+    then, now = _counted(names.module), _counted(after)
+    plan = Plan()
+    for node in each(after) if known else ():
+        target = text(node.targets[0].target) if isinstance(node, cst.Assign) and text(node) in known else ""
+        if target and now[target] == 1 < then[target]:
+            plan.drop(node)
+    # One that is gone may have been the last to use another.
+    return drop_aliases(names, apply(after, [plan])[0]) if plan.edits else after
+
+
+def _counted(module: cst.Module) -> Counter[str]:
+    """How often each name stands in a file; attributes of something are no names."""
+    attributes = {id(one.attr) for one in each(module) if isinstance(one, cst.Attribute)}
+    return Counter(one.value for one in each(module) if isinstance(one, cst.Name) and id(one) not in attributes)
+
+
 def drop_imports(before: cst.Module, after: cst.Module) -> cst.Module:
     """Take away what nothing uses any more: of amp, and what the code that went was the last to use."""
     now, then = _used(after), _used(before)
@@ -110,12 +133,16 @@ def _is_free(
 ) -> bool:
     name = text(alias.name)
     bound = text(alias.asname.name) if alias.asname is not None else name
+    if "apex" in (home or name).split(".") or name == "apex":  # what stands in for it was put there a moment ago
+        home, name = (one.removeprefix("wrapprec.migrate").removeprefix(".") for one in (home, name))
     full = f"{home}.{name}" if home else name
     if not home and alias.asname is None and "." in name:  # `import torch.cuda.amp` binds `torch`
         used = any(one == name or one.startswith(name + ".") for one in now["chains"])
         return full in FAMILY and not used and _binds(module, name.split(".")[0], alias)
     if bound in now["names"]:
         return False
+    if full == "apex":
+        return bound in then["names"]
     amp = (home, name) in _PARTS or full in FAMILY or home in FAMILY
     return amp or (bound in then["names"] and (home, name) in {("contextlib", "nullcontext"), ("", "contextlib")})
 

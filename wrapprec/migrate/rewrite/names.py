@@ -112,7 +112,31 @@ class Names:
         """What an expression is called where it comes from: `{"torch.amp.autocast"}`."""
         found: Any = self._qualified.get(node, ())
         names = found() if callable(found) else found  # libcst computes these when they are asked for
-        return {one.name for one in names if one.source is not meta.QualifiedNameSource.BUILTIN}
+        given = {one.name for one in names if one.source is not meta.QualifiedNameSource.BUILTIN}
+        return given if not isinstance(node, cst.Name) else self._aliased(node) or given
+
+    def _aliased(self, node: cst.Name) -> set[str]:
+        """What autocast or GradScaler a name was set to, once: `autocast = torch.cuda.amp.autocast`."""
+        symbol = self.symbol(node)
+        values = self.values.get(symbol, []) if symbol is not None else []
+        if len(values) != 1 or symbol in self.moving or symbol in self.params or self.in_class(symbol):
+            return set()
+        value = values[0][1]
+        same = isinstance(value, (cst.Name, cst.Attribute)) and not isinstance(self.parent(node), cst.AssignTarget)
+        is_cycle = isinstance(value, cst.Name) and self.symbol(value) == symbol
+        found = self.qualified(value) if same and not is_cycle else set()
+        return {one for one in found if one.startswith("torch.") and one.endswith((".autocast", ".GradScaler"))}
+
+    def aliases(self, node: cst.CSTNode | None, value: cst.CSTNode) -> bool:
+        """Whether a statement only gives a value another name, and the only one to set that name."""
+        target = node.targets[0].target if isinstance(node, cst.Assign) and len(node.targets) == 1 else None
+        symbol = self.symbol(target) if isinstance(target, cst.Name) else None
+        once = symbol is not None and len(self.values[symbol]) == 1 and symbol not in self.moving
+        return once and not self.in_class(symbol) and isinstance(node, cst.Assign) and node.value is value
+
+    def in_class(self, symbol: Symbol | None) -> bool:
+        """Whether a name is set in the body of a class, where all objects share it."""
+        return symbol is not None and isinstance(symbol[0], meta.ClassScope)
 
     # Names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
-from wrapprec.migrate.rewrite.found import is_optimizer, optimizers
+from wrapprec.migrate.rewrite.found import optimizers
 from wrapprec.migrate.rewrite.names import Names, Symbol
 from wrapprec.migrate.rewrite.place import Place, find_place, models_of, spelled
 from wrapprec.migrate.rewrite.syntax import cst, text
@@ -31,13 +31,14 @@ _HALVES = (
 )
 
 
-def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
+def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str] = frozenset()) -> list[Plan]:
     """Plan one line for every group of models and optimizers that a plain loop trains.
 
     Args:
         names: of the file.
         package: what wrapprec is called in it.
         policy: for `wrap`.
+        harmless: managers of precision that do nothing of it in this file.
     """
     groups: list[tuple[list[Symbol], list[Symbol], Plan]] = []
     for optimizer in optimizers(names):
@@ -55,21 +56,14 @@ def plan_plain(names: Names, package: str, policy: str) -> list[Plan]:
             groups.append((models, [optimizer], mine))
     if not any(text(node.func).endswith(".backward") for node in names.nodes if isinstance(node, cst.Call)):
         return []
-    manager = _manager(names)
+    manager = manager_of(names, harmless)
     for models, made, plan in groups:
+        plan.serves = {*models, *made}
         if manager is not None:
             plan.reasons.append(manager)
         if not plan.reasons:
             _place(models, made, plan, names, package, policy)
-    return [plan for _, _, plan in groups] or _unknown(names)
-
-
-def _unknown(names: Names) -> list[Plan]:
-    """The optimizer that a file makes, where nothing of the file is known to step it."""
-    made = [node for node in names.nodes if isinstance(node, cst.Call) and is_optimizer(node, names)]
-    return (
-        [Plan(reasons=[Reason(made[0], "which loop steps this optimizer is not known in this file")])] if made else []
-    )
+    return [plan for _, _, plan in groups]
 
 
 def place_reason(place: Place) -> Reason:
@@ -82,7 +76,8 @@ def _is_stepped(optimizer: Symbol, names: Names) -> bool:
     return any(isinstance(up, cst.Attribute) and up.attr.value == "step" for up in used)
 
 
-def _manager(names: Names) -> Reason | None:
+def manager_of(names: Names, harmless: frozenset[str] = frozenset()) -> Reason | None:
+    """What in a file may manage precision, if anything does."""
     for node in names.nodes:
         homes: list[str] = []
         if isinstance(node, cst.Import):
@@ -90,7 +85,7 @@ def _manager(names: Names) -> Reason | None:
         elif isinstance(node, cst.ImportFrom) and node.module is not None:
             homes = [text(node.module)]
         for home in homes:
-            if home.split(".")[0] in MANAGERS:
+            if home.split(".")[0] in MANAGERS and home.split(".")[0] not in harmless:
                 return Reason(node, f"{home.split('.')[0]} may manage precision here: see docs/migrating.md")
         if isinstance(node, (cst.Call, cst.Attribute)) and text(node).endswith(_HALVES):
             return Reason(node, f"`{text(node)}`: this file sets a precision itself")

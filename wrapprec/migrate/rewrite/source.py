@@ -13,9 +13,11 @@ from wrapprec.migrate.rewrite.apply import apply, finish
 from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
 from wrapprec.migrate.rewrite.halves import plan_halves
-from wrapprec.migrate.rewrite.imports import add_import, drop_imports, package_name, uses_wrapprec
+from wrapprec.migrate.rewrite.imports import add_import, drop_aliases, drop_imports, package_name, uses_wrapprec
+from wrapprec.migrate.rewrite.loops import unspoken
 from wrapprec.migrate.rewrite.names import Function, Names
 from wrapprec.migrate.rewrite.plain import plan_plain
+from wrapprec.migrate.rewrite.shim import plan_shim
 from wrapprec.migrate.rewrite.syntax import cst
 
 
@@ -66,26 +68,31 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
     names = Names(module)
     package, imported = package_name(module)
     known = uses_wrapprec(module)
-    kinds = [plan_amp(names, package), plan_apex(names, package), plan_halves(names, package)]
+    apex = plan_apex(names, package)
+    kinds = [plan_amp(names, package), apex, plan_halves(names, package)]
     _part(kinds, names)
     plans = [plan for kind in kinds for plan in kind]
     if known:
         plans = [_already(plan) for plan in plans]
     elif not plans:
-        plans += plan_plain(names, package, policy)
+        beside = plan_shim(names, amp_stays=False)  # of Apex, only amp and what the shim lacks manage precision
+        plans += plan_plain(names, package, policy, frozenset() if beside.kept else frozenset({"apex"}))
     while True:
         ready = [plan for plan in plans if not plan.reasons and (plan.edits or plan.behind)]
+        shim = plan_shim(names, amp_stays=any(plan.reasons for plan in apex))
+        ready += [shim] if shim.edits else []
         changed, failures = apply(names.module, ready)
         for plan, reason in failures:
             plan.reasons.append(reason)
         if not failures:
             break
-    left = _remarks([reason for plan in plans for reason in plan.reasons], names)
+    loops = unspoken(plans, names, known)
+    left = _remarks([*shim.kept, *loops, *(reason for plan in plans for reason in plan.reasons)], names)
     if not ready:
         return Result(module, False, left, ())
     if not imported and any(plan.wraps for plan in ready):
         changed = add_import(changed)
-    new = finish(drop_imports(names.module, changed))
+    new = finish(drop_imports(names.module, drop_aliases(names, changed)))
     _check(new)
     return Result(new, True, left, _remarks([note for plan in ready for note in plan.notes], names))
 
