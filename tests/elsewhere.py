@@ -55,8 +55,8 @@ TESTS = {
     "the XLA compiler for CPUs rounds more often than the tolerance allows; test_xla.py has its own": "gradients::test"
     "_encoder_shared_by_two_models_is_true",
     "asks for quantised weights, which XLA has not": "wrap::test_a_policy_that_does_not_fit_changes_nothing",
-    "compares with the GradScaler of torch, which is not made for XLA and once did not grow here": "scale::test_scale_follows_grad_scaler"
-    "_when_there_is_no_bound_and_no_hysteresis",
+    "compares with the GradScaler of torch, which is not made for XLA, and once did not grow here": "scale::test_scale"
+    "_follows_grad_scaler_when_there_is_no_bound_and_no_hysteresis",
     "needs the numbers that the CPU draws": "weights::test_embedding_renormalises_its_weight_in_float32",
     "compares with the plan for a CPU": "plan::test_torch_norm_keeps_activations_and_begins_no_region"
     " plan::test_without_low_precision_the_defaults_do_not_apply plan::test_roots_are_where_the_precision_changes"
