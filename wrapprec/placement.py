@@ -84,7 +84,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def rounding(self) -> str | None:
         """How weights are rounded: as the policy says; where only rules store them in low precision, by `kahan`."""
         if self.policy.rounding is not None or self.policy.param_dtype in dtypes.LOW:

@@ -52,7 +52,7 @@ def _first(names: dict[str, str]) -> str | None:
 def onednn_computes_in(kind: str) -> bool:
     """Say whether oneDNN, which alone uses the instructions, is there, on, and not held to older ones.
 
-    With it off, a product in bfloat16 took 75 times as long as in float32 (AVX512, torch 2.13).
+    With it off, a product in bfloat16 took many times as long as in float32 (AVX512, torch 2.13).
 
     Args:
         kind: `bf16` or `fp16`.

@@ -7,6 +7,7 @@ accuracy and, from then on, gradients without a word; they cast their bias in pl
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,12 @@ def library(form: str) -> Any:
     return _loaded["bitsandbytes"]
 
 
-class Product:
+class Product(ABC):
     """Runs a module in the place of its forward."""
 
+    @abstractmethod
     def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """The module's output."""
 
 
 @dataclass(eq=False)
@@ -80,6 +82,7 @@ class Quantised(Product):
         rows, columns = (weight if weight.dtype is torch.int8 else weight.quant_state).shape
         return int(rows), int(columns)
 
+    @abstractmethod
     def pack(self, weight: Tensor) -> Any:
         """Quantise a weight.
 
@@ -89,15 +92,14 @@ class Quantised(Product):
         Returns:
             A parameter of bitsandbytes with what it needs to be read, which requires no gradient.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, weight: Any) -> Tensor:
         """What the numbers of a packed weight mean, in the dtype it was quantised from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, forward: Forward, weight: Any, x: Tensor) -> Tensor:
         """The module's output."""
-        raise NotImplementedError
 
     def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = forward.module

@@ -62,7 +62,6 @@ class Casts:
     casts: list[Cast] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
-    odd: list[tuple[cst.CSTNode, Reason]] = field(default_factory=list)
 
 
 def read_casts(names: Names) -> Casts:
