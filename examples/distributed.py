@@ -75,6 +75,7 @@ def main() -> None:
     accelerator.print(f"loss scale {handle.scale:g}, {handle.skipped_steps} steps skipped")
     accelerator.print(f"weights and scale are the same everywhere: {all(same)}")
     accelerator.print(f"saved {', '.join(saved)}")
+    accelerator.wait_for_everyone()  # gloo lets go of what was gathered on a thread of its own: not while Python exits
     accelerator.end_training()
 
 

@@ -95,6 +95,7 @@ def main() -> None:
         print(f"this one holds {held:,} of {sum(param.numel() for param in model.parameters()):,} weights")
         print(f"loss scale {handle.scale:g}, {handle.skipped_steps} steps skipped")
         print(f"the same everywhere, and after loading: {all(one == before for one in states)}")
+    dist.barrier()  # gloo lets go of what was gathered on a thread of its own: not while Python exits
     dist.destroy_process_group()
 
 
