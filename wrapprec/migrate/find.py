@@ -45,6 +45,7 @@ class Finder:
         self.policy = policy
         self.say = say
         self.dry_run = dry_run
+        self.is_installed = False
         self.found: list[Found] = []
         self.when_wrapped: Callable[[], None] = lambda: None
         self._waiting: list[weakref.ref[Optimizer]] = []
@@ -65,15 +66,21 @@ class Finder:
         @functools.wraps(original)
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
-            self._waiting.append(weakref.ref(optimizer))
-            self._misses = 0
-            self._watch()
+            self.expect(optimizer)
 
         Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
+        self.is_installed = True
+
+    def expect(self, optimizer: Optimizer) -> None:
+        """Watch for the model of an optimizer, such as one that was built before."""
+        self._waiting.append(weakref.ref(optimizer))
+        self._misses = 0
+        self._watch()
 
     def remove(self) -> None:
         """Leave torch as it was; what is wrapped stays wrapped."""
         Optimizer.__init__ = self._init  # type: ignore[method-assign]
+        self.is_installed = False
         self._waiting.clear()
         self._rest()
 
