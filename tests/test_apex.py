@@ -525,6 +525,11 @@ def test_use_before_initialize_is_refused(use: Callable[[], Any]) -> None:
         use()
 
 
+def test_options_that_a_command_line_gives_as_the_text_none_are_left_to_the_level() -> None:
+    given: dict[str, object] = {"keep_batchnorm_fp32": "None", "loss_scale": "None", "master_weights": "None"}
+    assert read_options("O2", given) == read_options("O2", {})
+
+
 def test_verbosity_says_what_an_opt_level_is(capsys: pytest.CaptureFixture[str]) -> None:
     amp.initialize(_classifier(), verbosity=2, max_loss_scale=2.0**18)
     err = capsys.readouterr().err

@@ -541,13 +541,37 @@ def test_amp_stands_in_for_what_an_installed_apex_has_no_more(
     assert ran.names["apex"].kernels == 3 and ran.names["spec"] == "wrapprec.migrate.apex.amp"
 
 
-def test_parts_of_apex_that_nothing_stands_in_for_are_missing(run: Any) -> None:
+def test_parts_of_apex_that_nothing_stands_in_for_are_missing_with_what_to_use(run: Any) -> None:
     source = (
+        "import importlib.util\nfound = importlib.util.find_spec('apex.contrib')\n"
         "try:\n    import apex.contrib.xentropy\nexcept ImportError as error:\n    missing = str(error)\n"
+        "try:\n    from apex.parallel import nothing\nexcept ImportError as error:\n    part = str(error)\n"
         "try:\n    import apexes\nexcept ImportError as error:\n    other = error.name"
     )
     ran = run(source, "bf16-mixed")
-    assert "apex.contrib" in ran.names["missing"] and ran.names["other"] == "apexes"
+    assert ran.names["found"] is None and ran.names["other"] == "apexes"
+    assert ran.names["missing"] == (
+        "Expected a part of Apex that wrapprec.migrate.apex stands in for.\n"
+        "Received: an import of apex.contrib\nRemedy: use torch's own: cross_entropy(label_smoothing=...),"
+        " scaled_dot_product_attention, GroupNorm"
+    )
+    assert "cannot import name 'nothing' from 'wrapprec.migrate.apex.parallel'" in ran.names["part"]
     with pytest.raises(ImportError):
         importlib.import_module("apex.amp2")
     assert isinstance(sys.modules["__main__"], types.ModuleType)
+
+
+def test_files_of_apex_can_be_imported_from_and_name_the_same_things(run: Any) -> None:
+    source = (
+        "from apex.parallel.LARC import LARC\nfrom apex.normalization.fused_layer_norm import FusedLayerNorm\n"
+        "from apex.fp16_utils.fp16_optimizer import FP16_Optimizer\nfrom apex.amp._amp_state import _amp_state\n"
+        "from apex.multi_tensor_apply.multi_tensor_apply import MultiTensorApply\nimport apex.parallel.distributed\n"
+        "import apex.optimizers.fused_adam as file\nimport apex\nfrom apex.optimizers import FusedAdam\n"
+        "same = [apex.parallel.LARC is LARC, apex.normalization.FusedLayerNorm is FusedLayerNorm,\n"
+        "    apex.amp._amp_state is _amp_state, file.FusedAdam is FusedAdam]\n"
+        "homes = {LARC.__module__, FusedLayerNorm.__module__, FP16_Optimizer.__module__, FusedAdam.__module__}"
+    )
+    ran = run(source, "bf16-mixed")
+    assert all(ran.names["same"])
+    assert all(home.startswith("wrapprec.migrate.apex.") for home in ran.names["homes"]), "no second copies"
+    assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"

@@ -203,3 +203,26 @@ def test_a_plain_loop_beside_a_part_of_apex_that_stays_is_left() -> None:
     )
     assert [one.line for one in result.left] == [2, 3]
     assert "apex may manage precision here" in result.left[0].words
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "model = network_to_half(model)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        "optimizer = torch.optim.SGD(model.half().parameters(), lr=0.1)\noptimizer = FP16_Optimizer(optimizer)",
+        "copies = prep_param_lists(model)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+    ],
+)
+def test_loop_with_the_older_tools_gets_their_new_home_and_no_line(made: str) -> None:
+    source = f"""
+import torch
+from apex.fp16_utils import *
+model = torch.nn.Linear(2, 1)
+{made}
+for step in range(3):
+    model(torch.ones(4, 2)).square().mean().backward()
+    optimizer.step()
+"""
+    code, result = rewritten(source)
+    assert code == source.replace("from apex", "from wrapprec.migrate.apex")
+    assert any("sets a precision itself" in remark.words for remark in result.left)

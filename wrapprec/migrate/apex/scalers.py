@@ -56,12 +56,13 @@ class DynamicLossScaler(LossScaler):
     """A loss scale that falls where gradients overflow, and rises when they did not for a while.
 
     Args:
-        init_scale: the first; 2**16 as in torch, where Apex began at 2**32 and skipped more steps.
+        init_scale: the first; 2**15 is the largest that a float16 loss can have, where Apex began at 2**32 and skipped
+            as many steps more.
         scale_factor: what it falls and rises by.
         scale_window: good steps before it rises.
     """
 
-    def __init__(self, init_scale: float = 2.0**16, scale_factor: float = 2.0, scale_window: int = 1000) -> None:
+    def __init__(self, init_scale: float = 2.0**15, scale_factor: float = 2.0, scale_window: int = 1000) -> None:
         super().__init__(init_scale)
         self.cur_iter = 0
         self.last_overflow_iter = -1
