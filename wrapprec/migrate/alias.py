@@ -99,6 +99,7 @@ class _Loader(importlib.abc.Loader):
         for file in _FILES.get(package, "").split():
             # Before anyone asks: an import would put the file in the place of a class of its name, such as LARC.
             sys.modules.setdefault(f"{package}.{file}", module)
+            vars(module).setdefault(file, module)
 
 
 _FILES = {

@@ -104,12 +104,13 @@ class Reducer:
                 torch.distributed.broadcast(param.data, 0)
 
     def reduce(self) -> None:
-        """Average the gradients that there are; an overflow of one rank is one of all of them then."""
+        """Average the gradients that there are. What overflowed on one rank is nan on all, which no clipping hides."""
         grads = self.grads if self.module is None else [p.grad for p in self.module.parameters() if p.grad is not None]
         number = torch.distributed.get_world_size()
         for grad in grads:
             torch.distributed.all_reduce(grad)
             grad.div_(number)
+            grad.masked_fill_(grad.isinf(), torch.nan)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
