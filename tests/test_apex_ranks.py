@@ -24,7 +24,7 @@ def _process(rank: int, folder: str) -> None:
     torch.manual_seed(rank)  # the ranks begin apart
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    model, optimizer = amp.initialize(model, optimizer, opt_level="O1", verbosity=0)
+    model, optimizer = amp.initialize(model, optimizer, opt_level="O1", loss_scale=64.0, verbosity=0)
     reducer = Reducer(model)
     start = model.weight.detach().clone()
     for factor in (1.0, 1e30 if rank == 1 else 1.0, 1.0):
