@@ -525,12 +525,9 @@ def test_use_before_initialize_is_refused(use: Callable[[], Any]) -> None:
         use()
 
 
-def test_first_api_of_apex_is_refused_with_the_second() -> None:
-    with pytest.raises(wrapprec.WrapprecError, match=r"model, optimizer = amp\.initialize\(model, optimizer"):
-        amp.init()
-    handle, loss = amp.init(enabled=False), torch.ones(1)
-    with handle.scale_loss(loss, None) as same:
-        assert same is loss and not handle.is_active() and handle.wrap_optimizer(3) == 3
+def test_options_that_a_command_line_gives_as_the_text_none_are_left_to_the_level() -> None:
+    given: dict[str, object] = {"keep_batchnorm_fp32": "None", "loss_scale": "None", "master_weights": "None"}
+    assert read_options("O2", given) == read_options("O2", {})
 
 
 def test_verbosity_says_what_an_opt_level_is(capsys: pytest.CaptureFixture[str]) -> None:

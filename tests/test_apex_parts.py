@@ -139,7 +139,7 @@ def test_checkpoint_of_apex_fused_adam_resumes() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("FusedAdam", {"bias_correction": False}),
+        ("FusedAdam", {"eps_inside_sqrt": True}),
         ("FusedAdam", {"amsgrad": True}),
         ("FusedSGD", {"lr": 0.1, "wd_after_momentum": True}),
         ("FusedAdagrad", {"adagrad_w_mode": True}),
@@ -303,14 +303,8 @@ def test_fused_normalisation_is_that_of_torch() -> None:
 @pytest.mark.parametrize(
     ("module", "name", "remedy"),
     [
-        (fp16_utils, "FP16_Optimizer", r"write loss\.backward\(\) for optimizer\.backward\(loss\)"),
-        (fp16_utils, "network_to_half", "opt_level='O2'"),
-        (fp16_utils, "prep_param_lists", "keep the model in float32"),
-        (optimizers, "FP16_Optimizer", r"to amp\.initialize"),
         (optimizers, "FusedNovoGrad", r"torch\.optim\.AdamW"),
         (optimizers, "FusedMixedPrecisionLamb", "FusedLAMB"),
-        (parallel, "LARC", "Lars"),
-        (parallel, "Reducer", "DistributedDataParallel"),
         (multi_tensor_apply, "multi_tensor_applier", "torch._foreach_"),
     ],
 )
@@ -325,3 +319,84 @@ def test_every_name_of_a_module_is_there() -> None:
         assert all(hasattr(module, name) for name in module.__all__)
     assert fp16_utils.to_python_float(torch.tensor([2.0])) == 2.0 == fp16_utils.to_python_float([2.0])
     assert multi_tensor_apply.multi_tensor_applier.available is False
+
+
+def _larc_by_hand(clip: bool, decay: float) -> list[Tensor]:
+    """LARC's steps (arXiv:1708.03888) with plain SGD, as formulas."""
+    model = _model()
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        with torch.no_grad():
+            for param in model.parameters():
+                assert param.grad is not None
+                size, slope = param.norm(), param.grad.norm()
+                rate = 0.01 * size / (slope + decay * size + 1e-8)
+                rate = min(rate / 0.05, torch.tensor(1.0)) if clip else rate
+                param -= 0.05 * rate * (param.grad + decay * param)
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_larc_is_its_formula_and_leaves_weight_decay_in_the_groups(clip: bool) -> None:
+    model = _model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    optimizer = parallel.LARC(optimizer=inner, trust_coefficient=0.01, clip=clip)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    for param, want in zip(model.parameters(), _larc_by_hand(clip, 0.1), strict=True):
+        assert torch.allclose(param, want, rtol=1e-6)  # the same operations in float32, in another order
+    assert optimizer.param_groups is inner.param_groups and inner.param_groups[0]["weight_decay"] == 0.1
+    optimizer.load_state_dict(inner.state_dict())
+    assert optimizer.state is inner.state
+
+
+def test_larc_under_amp_steps_as_in_float32_and_skips_an_overflow() -> None:
+    session.calls, session.enabled = [], None
+    model = _model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    optimizer = parallel.LARC(inner, trust_coefficient=0.01, clip=False)
+    model, optimizer = amp.initialize(model, optimizer, opt_level="O1", loss_scale=64.0, verbosity=0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    for factor in (1.0, 1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        with amp.scale_loss(model(torch.ones(2, 4)).square().sum() * factor, optimizer) as loss:
+            loss.backward()
+        optimizer.step()
+        scheduler.step()
+    for param, want in zip(model.parameters(), _larc_by_hand(False, 0.1), strict=True):
+        assert torch.allclose(param, want, rtol=2e-3)  # gradients of 11 bits, in a step of 1% of the weights
+    handle = wrapprec.handle_of(model)
+    assert handle is not None and handle.skipped_steps == 1
+    session.calls, session.enabled = [], None
+
+
+def test_adam_without_bias_correction_is_its_formula_also_resumed() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    options: dict[str, Any] = {"lr": 0.1, "bias_correction": False, "weight_decay": 0.01, "max_grad_norm": 1.5}
+    optimizer = optimizers.FusedAdam([weight], **options)
+    want, mean, square = weight.detach().double(), torch.zeros(2).double(), torch.zeros(2).double()
+    for step in range(4):
+        grad = torch.tensor([0.5, -1.0]).double() * (step + 1)
+        weight.grad = grad.float()
+        optimizer.step()
+        grad = grad * min(1.5 / (float(grad.norm()) + 1e-6), 1.0)
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+        want = want - 0.1 * (mean / (square.sqrt() + 1e-8) + 0.01 * want)
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = optimizers.FusedAdam([weight], **options)
+        optimizer.load_state_dict(saved)
+    assert torch.allclose(weight.double(), want, rtol=1e-5)  # float32 against float64
+
+
+def test_first_steps_without_bias_correction_that_apex_saved_go_on_without() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = optimizers.FusedAdam([weight], lr=1.0, bias_correction=False)
+    moments = {"exp_avg": torch.tensor([0.5]), "exp_avg_sq": torch.tensor([0.25])}
+    group = {"params": [0], "lr": 1.0, "bias_correction": False, "step": 1}
+    optimizer.load_state_dict({"state": {0: moments}, "param_groups": [group]})
+    weight.grad = torch.zeros(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(-0.9 * 0.5 / (0.999 * 0.25) ** 0.5, rel=1e-5)

@@ -541,13 +541,85 @@ def test_amp_stands_in_for_what_an_installed_apex_has_no_more(
     assert ran.names["apex"].kernels == 3 and ran.names["spec"] == "wrapprec.migrate.apex.amp"
 
 
-def test_parts_of_apex_that_nothing_stands_in_for_are_missing(run: Any) -> None:
+def test_parts_of_apex_that_nothing_stands_in_for_are_missing_with_what_to_use(run: Any) -> None:
     source = (
+        "import importlib.util\nfound = importlib.util.find_spec('apex.contrib')\n"
         "try:\n    import apex.contrib.xentropy\nexcept ImportError as error:\n    missing = str(error)\n"
+        "try:\n    from apex.parallel import nothing\nexcept ImportError as error:\n    part = str(error)\n"
         "try:\n    import apexes\nexcept ImportError as error:\n    other = error.name"
     )
     ran = run(source, "bf16-mixed")
-    assert "apex.contrib" in ran.names["missing"] and ran.names["other"] == "apexes"
+    assert ran.names["found"] is None and ran.names["other"] == "apexes"
+    assert ran.names["missing"] == (
+        "Expected a part of Apex that wrapprec.migrate.apex stands in for.\n"
+        "Received: an import of apex.contrib\nRemedy: use torch's own: cross_entropy(label_smoothing=...),"
+        " scaled_dot_product_attention, GroupNorm"
+    )
+    assert "cannot import name 'nothing' from 'wrapprec.migrate.apex.parallel'" in ran.names["part"]
     with pytest.raises(ImportError):
         importlib.import_module("apex.amp2")
     assert isinstance(sys.modules["__main__"], types.ModuleType)
+
+
+def test_files_of_apex_can_be_imported_from_and_name_the_same_things(run: Any) -> None:
+    source = (
+        "from apex.parallel.LARC import LARC\nfrom apex.normalization.fused_layer_norm import FusedLayerNorm\n"
+        "from apex.fp16_utils.fp16_optimizer import FP16_Optimizer\nfrom apex.amp._amp_state import _amp_state\n"
+        "from apex.multi_tensor_apply.multi_tensor_apply import MultiTensorApply\nimport apex.parallel.distributed\n"
+        "import apex.optimizers.fused_adam as file\nimport apex\nfrom apex.optimizers import FusedAdam\n"
+        "same = [apex.parallel.LARC is LARC, apex.normalization.FusedLayerNorm is FusedLayerNorm,\n"
+        "    apex.amp._amp_state is _amp_state, file.FusedAdam is FusedAdam]\n"
+        "homes = {LARC.__module__, FusedLayerNorm.__module__, FP16_Optimizer.__module__, FusedAdam.__module__}"
+    )
+    ran = run(source, "bf16-mixed")
+    assert all(ran.names["same"])
+    assert all(home.startswith("wrapprec.migrate.apex.") for home in ran.names["homes"]), "no second copies"
+    assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"
+
+
+FIRST_API = """
+from apex import amp
+early = amp.init(loss_scale=64.0)
+net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+optimizer = early.wrap_optimizer(torch.optim.SGD(net.parameters(), lr=0.1))
+losses = []
+for step in range(6):
+    loss = net(torch.ones(4, 6)).square().mean() + 1
+    optimizer.zero_grad()
+    with optimizer.scale_loss(loss) as scaled_loss:
+        scaled_loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+early._deactivate()
+"""
+
+
+def test_first_api_of_apex_has_its_own_precision_under_run_and_is_in_the_summary(run: Any) -> None:
+    ran = run("import torch\nfrom torch import nn\ntorch.manual_seed(0)\n" + FIRST_API, "bf16-mixed")
+    plan = wrapprec.handle_of(ran.names["net"])
+    assert plan is not None and "compute=float16" in str(plan.policy) and plan.scale == 64.0
+    assert ran.said[0] == "Apex's amp is not installed: wrapprec.migrate.apex stands in for it"
+    names: dict[str, Any] = {}
+    plain = FIRST_API.replace("early.wrap_optimizer(", "(").replace("optimizer.scale_loss(loss)", "nullcontext(loss)")
+    plain = plain.replace("from apex import amp\nearly = amp.init(loss_scale=64.0)\n", "").replace("early._de", "#")
+    exec(
+        "import torch\nfrom contextlib import nullcontext\nfrom torch import nn\ntorch.manual_seed(0)\n" + plain, names
+    )
+    # float16 keeps 11 bits, in two products and their gradients.
+    assert ran.names["losses"] == pytest.approx(names["losses"], rel=1e-3) and len(names["losses"]) == 6
+
+
+def test_script_with_float32_copies_of_apex_is_left_alone_with_the_reason_and_trains(run: Any) -> None:
+    source = (
+        "import torch\nfrom torch import nn\nfrom apex.optimizers import FP16_Optimizer, FusedAdam\n"
+        "torch.manual_seed(0)\nnet = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).half()\n"
+        "adam = FusedAdam(net.parameters(), lr=0.05, bias_correction=False, max_grad_norm=1.0)\n"
+        "optimizer = FP16_Optimizer(adam, dynamic_loss_scale=True)\nlosses = []\n"
+        "for step in range(8):\n    loss = (net(torch.ones(4, 6).half()) - 1).float().square().mean()\n"
+        "    optimizer.backward(loss)\n    optimizer.step()\n    optimizer.zero_grad()\n"
+        "    losses.append(loss.item())\n"
+    )
+    ran = run(source, "bf16-mixed")
+    assert ran.names["losses"][-1] < 0.2 * ran.names["losses"][0]
+    assert any(line.startswith("left Sequential") and "its parameters are float16" in line for line in ran.said)
+    assert wrapprec.handle_of(ran.names["net"]) is None

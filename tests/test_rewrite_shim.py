@@ -134,11 +134,14 @@ def test_an_import_of_apex_that_only_its_amp_needed_goes() -> None:
     ("imports", "use", "where", "reason"),
     [
         ("from apex.contrib.xentropy import SoftmaxCrossEntropyLoss", "", 1, "`apex.contrib.xentropy` stays"),
-        ("from apex.parallel import LARC", "optimizer = LARC(optimizer)", 2, "has no counterpart: use an optimizer"),
-        ("import apex", "apex.parallel.LARC(optimizer)", 2, "`apex.parallel.LARC` stays"),
+        (
+            "from apex.optimizers import FusedNovoGrad",
+            "optimizer = FusedNovoGrad(p)",
+            2,
+            "has no counterpart: use torch",
+        ),
+        ("import apex", "apex.optimizers.FusedNovoGrad(p)", 2, "`apex.optimizers.FusedNovoGrad` stays"),
         ("import apex", "apex.mlp.MLP(3)", 2, "`apex.mlp.MLP` stays"),
-        ("from apex.fp16_utils import *", "network_to_half(model)", 2, "`apex.fp16_utils.network_to_half` stays"),
-        ("from apex.fp16_utils import *", "clip_grad_norm(p, 1.0)", 2, "does not have it"),
         ("from apex.optimizers import FusedAdagradX", "", 1, "`apex.optimizers.FusedAdagradX` stays"),
         ("from apex.multi_tensor_apply import multi_tensor_applier as m", "m(op, flag)", 2, "torch._foreach_"),
     ],
@@ -200,3 +203,26 @@ def test_a_plain_loop_beside_a_part_of_apex_that_stays_is_left() -> None:
     )
     assert [one.line for one in result.left] == [2, 3]
     assert "apex may manage precision here" in result.left[0].words
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "model = network_to_half(model)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        "optimizer = torch.optim.SGD(model.half().parameters(), lr=0.1)\noptimizer = FP16_Optimizer(optimizer)",
+        "copies = prep_param_lists(model)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+    ],
+)
+def test_loop_with_the_older_tools_gets_their_new_home_and_no_line(made: str) -> None:
+    source = f"""
+import torch
+from apex.fp16_utils import *
+model = torch.nn.Linear(2, 1)
+{made}
+for step in range(3):
+    model(torch.ones(4, 2)).square().mean().backward()
+    optimizer.step()
+"""
+    code, result = rewritten(source)
+    assert code == source.replace("from apex", "from wrapprec.migrate.apex")
+    assert any("sets a precision itself" in remark.words for remark in result.left)

@@ -31,6 +31,9 @@ from wrapprec.wrap import handle_of, wrap
 _PATIENCE = 1000
 """Outermost calls of modules with parameters, none of them an optimizer's, before the watch ends."""
 
+_installed: list[Finder] = []
+"""Those that watch: of `wrapprec run`, and of Apex's `amp.init` in the script that it runs."""
+
 
 class Finder:
     """Watches for optimizers and for the models whose parameters they have.
@@ -45,6 +48,7 @@ class Finder:
         self.policy = policy
         self.say = say
         self.dry_run = dry_run
+        self.is_installed = False
         self.found: list[Found] = []
         self.when_wrapped: Callable[[], None] = lambda: None
         self._waiting: list[weakref.ref[Optimizer]] = []
@@ -65,15 +69,23 @@ class Finder:
         @functools.wraps(original)
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
-            self._waiting.append(weakref.ref(optimizer))
-            self._misses = 0
-            self._watch()
+            self.expect(optimizer)
 
         Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
+        self.is_installed = True
+        _installed.append(self)
+
+    def expect(self, optimizer: Optimizer) -> None:
+        """Watch for the model of an optimizer, such as one that was built before."""
+        self._waiting.append(weakref.ref(optimizer))
+        self._misses = 0
+        self._watch()
 
     def remove(self) -> None:
         """Leave torch as it was; what is wrapped stays wrapped."""
         Optimizer.__init__ = self._init  # type: ignore[method-assign]
+        self.is_installed = False
+        _installed[:] = [other for other in _installed if other is not self]
         self._waiting.clear()
         self._rest()
 
@@ -110,6 +122,10 @@ class Finder:
         """
         if not torch.is_grad_enabled():
             return
+        for other in reversed(_installed):  # what the script itself asked for comes before what it is run with
+            if other is self:
+                break
+            other.look_at(module)
         with self._lock:
             waiting = [optimizer for ref in self._waiting if (optimizer := ref()) is not None]
             owned = {id(param) for param in module.parameters()}

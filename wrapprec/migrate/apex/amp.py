@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wrapprec.errors import WrapprecError, message
 from wrapprec.migrate.apex.casts import (
     disable_casts,
     float_function,
@@ -24,6 +23,7 @@ from wrapprec.migrate.apex.casts import (
     register_half_function,
     register_promote_function,
 )
+from wrapprec.migrate.apex.first import init
 from wrapprec.migrate.apex.notes import note
 from wrapprec.migrate.apex.options import build_policy, build_scale, read_options
 from wrapprec.migrate.apex.saved import AmpState, load_state_dict, state_dict
@@ -178,43 +178,3 @@ def master_params(optimizer: Optimizer) -> Iterable[Tensor]:
     """
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-class _Disabled:
-    """What `init(enabled=False)` gives, for scripts of Apex's first API that have a flag."""
-
-    def is_active(self) -> bool:
-        return False
-
-    @contextlib.contextmanager
-    def scale_loss(self, loss: Tensor, optimizer: Any) -> Iterator[Tensor]:
-        yield loss
-
-    def wrap_optimizer(self, optimizer: Any, num_loss: int = 1) -> Any:
-        return optimizer
-
-
-def init(enabled: bool = True, *args: Any, **kwargs: Any) -> Any:
-    """Refuse Apex's first API, which Apex itself gave up in 2019; ``enabled=False`` is honoured.
-
-    Args:
-        enabled: False gives a handle that does nothing.
-        *args: not read.
-        **kwargs: not read.
-
-    Returns:
-        That handle.
-
-    Raises:
-        WrapprecError: it is enabled; nothing tells which models are meant.
-    """
-    if not enabled:
-        return _Disabled()
-    raise WrapprecError(
-        message(
-            "amp.initialize, which is told the models and the optimizers",
-            "amp.init(), of Apex's API before 2019, which patched torch for all models",
-            remedy='call model, optimizer = amp.initialize(model, optimizer, opt_level="O1"), and write'
-            " `with amp.scale_loss(loss, optimizer) as scaled_loss` for `amp_handle.scale_loss`",
-        )
-    )

@@ -11,13 +11,12 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from wrapprec.errors import WrapprecError, message
+from wrapprec.migrate.apex.masters import FP16_Optimizer
 from wrapprec.migrate.apex.notes import note, refuse, refused
 
 __all__ = ["FP16_Optimizer", "FusedAdagrad", "FusedAdam", "FusedLAMB", "FusedMixedPrecisionLamb", "FusedNovoGrad"]
 __all__ += ["FusedSGD"]
 
-_NO_FP16 = "pass the optimizer itself to amp.initialize, which keeps float32 weights"
-FP16_Optimizer = refused("optimizers.FP16_Optimizer", _NO_FP16)
 FusedMixedPrecisionLamb = refused("optimizers.FusedMixedPrecisionLamb", "use FusedLAMB: the parameters stay float32")
 FusedNovoGrad = refused(
     "optimizers.FusedNovoGrad",
@@ -41,7 +40,6 @@ class _Apex(Optimizer):
         """Resume from a checkpoint of torch's optimizer, or of Apex's."""
         groups, state = [], dict(state_dict["state"])
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            _check(type(self).__name__, saved, bias_correction=True)
             group = {**{key: value for key, value in mine.items() if key != "params"}, **saved}
             count = group.pop("step", None) if self._counts_by_parameter else None
             if count is not None:
@@ -51,6 +49,10 @@ class _Apex(Optimizer):
             groups.append(group)
         groups += state_dict["param_groups"][len(groups) :]  # torch says what does not fit
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self._settle()
+
+    def _settle(self) -> None:
+        """Mend what was loaded."""
 
     _counts_by_parameter = True
     _sets_none = True
@@ -83,13 +85,17 @@ def _as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
+_FAR = 2.0**30
+"""A step count at which beta**step is zero: torch's bias correction divides by 1 then. It stays there in float32."""
+
+
 class FusedAdam(_Apex, torch.optim.Adam):
     """torch's fused AdamW; Adam with ``adam_w_mode=False``.
 
     Args:
         params: parameters or groups.
         lr: the learning rate.
-        bias_correction: True; torch always corrects.
+        bias_correction: False leaves the running averages as they are, as BERT's own Adam does.
         betas: coefficients of the running averages.
         eps: added to the denominator.
         adam_w_mode: weight decay apart from the gradient (AdamW), as by default in Apex.
@@ -98,9 +104,11 @@ class FusedAdam(_Apex, torch.optim.Adam):
         set_grad_none: what `zero_grad` does.
         capturable: for CUDA graphs.
         master_weights: nothing; parameters are float32.
+        eps_inside_sqrt: False.
+        max_grad_norm: each group's gradients are clipped to this norm; 0: not.
 
     Raises:
-        WrapprecError: without bias correction, or with amsgrad.
+        WrapprecError: with amsgrad, or with eps inside of the square root.
 
     >>> optimizer = FusedAdam(torch.nn.Linear(2, 2).parameters(), lr=0.1, weight_decay=0.5)
     >>> optimizer.param_groups[0]["decoupled_weight_decay"], optimizer.param_groups[0]["fused"]
@@ -120,14 +128,47 @@ class FusedAdam(_Apex, torch.optim.Adam):
         set_grad_none: bool = True,
         capturable: bool = False,
         master_weights: bool = False,
+        eps_inside_sqrt: bool = False,
+        max_grad_norm: float = 0.0,
     ) -> None:
-        _check("FusedAdam", locals(), bias_correction=True, amsgrad=False)
+        _check("FusedAdam", locals(), amsgrad=False, eps_inside_sqrt=False)
         groups, fused = _listed(params)
         super().__init__(
             groups, lr, betas, eps, weight_decay, capturable=capturable, fused=fused or None,
             decoupled_weight_decay=bool(adam_w_mode),
         )  # fmt: skip
+        self.defaults.update(bias_correction=bool(bias_correction), max_grad_norm=max_grad_norm)
+        for group in self.param_groups:
+            group.setdefault("bias_correction", bool(bias_correction))
+            group.setdefault("max_grad_norm", max_grad_norm)
         self._set_up("FusedAdam", f"torch.optim.{'AdamW' if adam_w_mode else 'Adam'}(fused=True)", set_grad_none)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        new = [] if group["bias_correction"] else [p for p in group["params"] if not self.state.get(p)]
+        out = super()._init_group(group, *lists)
+        self._carry_far(new)
+        return out
+
+    def _carry_far(self, params: Iterable[torch.Tensor]) -> None:
+        for param in params:
+            if self.state.get(param):
+                self.state[param]["step"].fill_(_FAR)
+
+    def _settle(self) -> None:
+        for group in self.param_groups:
+            self._carry_far([] if group["bias_correction"] else group["params"])
+
+    def step(self, closure: Any = None) -> Any:
+        """Clip where `max_grad_norm` was given, and step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["max_grad_norm"] > 0:
+                torch.nn.utils.clip_grad_norm_(group["params"], group["max_grad_norm"])
+        super().step()
+        return loss
 
 
 class FusedSGD(_Apex, torch.optim.SGD):

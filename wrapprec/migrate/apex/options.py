@@ -61,8 +61,8 @@ def read_options(opt_level: str, overrides: dict[str, Any]) -> Options:
 
     Args:
         opt_level: `O0`, `O1`, `O2` or `O3`, with the letter O.
-        overrides: by field of `Options`; None leaves the level's own. Text is taken for numbers and truth values, as
-            Apex takes it from command lines.
+        overrides: by field of `Options`; None leaves the level's own. Text is taken for numbers, truth values and None,
+            as it comes from command lines.
 
     Returns:
         The options.
@@ -77,7 +77,7 @@ def read_options(opt_level: str, overrides: dict[str, Any]) -> Options:
         hint = "write the letter O, not a zero" if opt_level in ("00", "01", "02", "03") else "write one of these"
         remedy = nearest(str(opt_level), LEVELS) + hint
         raise PolicyError(message("an opt_level: O0, O1, O2 or O3", f"opt_level={opt_level!r}", remedy=remedy))
-    changes = {name: value for name, value in overrides.items() if value is not None}
+    changes = {name: value for name, value in overrides.items() if value is not None and value != "None"}
     for name in ("keep_batchnorm_fp32", "master_weights"):
         if name in changes:
             changes[name] = _read_truth(name, changes[name])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrapprec.migrate.apex.notes import note, refuse, refused
+from wrapprec.migrate.apex.larc import LARC
+from wrapprec.migrate.apex.notes import note, refuse
 
 __all__ = [
     "LARC",
@@ -18,9 +19,6 @@ __all__ = [
     "convert_syncbn_model",
     "create_syncbn_process_group",
 ]
-
-LARC = refused("parallel.LARC", "use an optimizer with a trust ratio, such as timm.optim.Lars(trust_clip=True)")
-Reducer = refused("parallel.Reducer", "use DistributedDataParallel, and its no_sync() where gradients accumulate")
 
 
 class DistributedDataParallel(nn.parallel.DistributedDataParallel):
@@ -89,6 +87,30 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def disable_allreduce(self) -> None:
         """Keep each rank's own gradients in the next backward: where they accumulate."""
         self.require_backward_grad_sync = False
+
+
+class Reducer:
+    """Averages gradients over the ranks when it is told to.
+
+    Args:
+        module_or_grads_list: a model, whose parameters all ranks get from the first; or gradients.
+    """
+
+    def __init__(self, module_or_grads_list: Any) -> None:
+        self.module = module_or_grads_list if isinstance(module_or_grads_list, nn.Module) else None
+        self.grads = [] if self.module is not None else list(module_or_grads_list)
+        if self.module is not None:
+            for param in self.module.parameters():
+                torch.distributed.broadcast(param.data, 0)
+
+    def reduce(self) -> None:
+        """Average the gradients that there are. What overflowed on one rank is nan on all, which no clipping hides."""
+        grads = self.grads if self.module is None else [p.grad for p in self.module.parameters() if p.grad is not None]
+        number = torch.distributed.get_world_size()
+        for grad in grads:
+            torch.distributed.all_reduce(grad)
+            grad.div_(number)
+            grad.masked_fill_(grad.isinf(), torch.nan)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):

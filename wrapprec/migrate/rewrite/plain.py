@@ -29,6 +29,16 @@ _HALVES = (
     "torch.bfloat16",
     "torch.float64",
 )
+_BY_HAND = {
+    "FP16Model",
+    "FP16_Optimizer",
+    "convert_network",
+    "model_grads_to_master_grads",
+    "network_to_half",
+    "prep_param_lists",
+    "tofp16",
+}
+"""What sets a precision among the tools of Apex beside its amp, also under the names of wrapprec."""
 
 
 def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str] = frozenset()) -> list[Plan]:
@@ -89,6 +99,8 @@ def manager_of(names: Names, harmless: frozenset[str] = frozenset()) -> Reason |
                 return Reason(node, f"{home.split('.')[0]} may manage precision here: see docs/migrating.md")
         if isinstance(node, (cst.Call, cst.Attribute)) and text(node).endswith(_HALVES):
             return Reason(node, f"`{text(node)}`: this file sets a precision itself")
+        if isinstance(node, cst.Call) and text(node.func).rpartition(".")[2] in _BY_HAND:
+            return Reason(node, f"`{text(node.func)}`: this file sets a precision itself, with Apex's tools")
         if isinstance(node, cst.Call) and "set_default_dtype" in text(node.func):
             return Reason(node, f"`{text(node)}`: this file sets a precision itself")
     return None

@@ -11,8 +11,6 @@ from wrapprec.migrate.rewrite.names import Names
 from wrapprec.migrate.rewrite.syntax import cst, each, text
 
 _HOME = "wrapprec.migrate."
-_STARS = {"clip_grad_norm": "fp16_utils"}
-"""Names that a star brings from Apex and not from wrapprec."""
 
 
 def plan_shim(names: Names, amp_stays: bool) -> Plan:
@@ -106,8 +104,7 @@ def _troubles(
         elif isinstance(node, cst.Name) and not isinstance(up, (cst.AssignTarget, cst.Param)):
             for star in stars if names.symbol(node) is None else []:
                 home = _homes(star)[0]
-                lacks = _STARS.get(node.value) == home.rpartition(".")[2]
-                if lacks or node.value in getattr(_module(home), "__all__", ()):
+                if node.value in getattr(_module(home), "__all__", ()):
                     words = _trouble(f"{home}.{node.value}", called)
                     found += [] if words is None else [(node, words, [star])]
     return found
