@@ -138,3 +138,10 @@ class Runner:
     code, result = rewritten(source)
     assert not result.left and code.count("wrap(") == 1
     assert 'wrapprec.wrap(self.model, self.optimizer, "bf16-mixed")' in code
+
+
+def test_what_is_done_with_parameters_is_no_forward_outside_of_autocast() -> None:
+    """`model.reduce_parameters()`, by which processes bring gradients together, kept whole trainers as they were."""
+    source = TRAINER.replace("self.update(loss)\n", "self.model.reduce_parameters()\n            self.update(loss)\n")
+    code, result = rewritten(source)
+    assert not result.left and "self.model.reduce_parameters()" in code and "wrapprec.wrap(" in code

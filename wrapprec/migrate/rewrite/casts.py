@@ -270,7 +270,7 @@ def _is_asking(call: cst.Call, names: Names) -> bool:
     while isinstance(node, cst.Attribute):
         parts.append(node.attr.value)
         node = node.value
-    return bool(set(parts) & NOT_FORWARD)
+    return bool(set(parts) & NOT_FORWARD) or any("parameters" in part for part in parts)
 
 
 def without_gradients(node: cst.CSTNode, names: Names) -> bool:
