@@ -11,7 +11,7 @@ import pytest
 from rewriting import LEGACY
 
 from wrapprec.cli import main
-from wrapprec.migrate.rewrite import files
+from wrapprec.migrate.rewrite import files, source
 
 BEFORE = (LEGACY / "clipwrong.py").read_bytes()
 AFTER = (LEGACY / "migrated" / "clipwrong.py").read_bytes()
@@ -210,3 +210,21 @@ def test_the_command_line_knows_its_commands(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stopped:
         main(["nonsense"])
     assert stopped.value.code == 2
+
+
+def test_a_file_without_a_word_of_training_is_passed_without_a_look_at_its_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Finding out what names stand for takes most of the time, and most files of a project do not train."""
+    path = tmp_path / "data.py"
+    path.write_text("import torch\n\ndef load(path):\n    return torch.load(path)\n")
+
+    def refuse(module: object) -> None:
+        raise AssertionError("names were looked up")
+
+    monkeypatch.setattr(source, "Names", refuse)
+    outcome = files.look(path, "auto")
+    assert outcome.after == outcome.before and not outcome.result.left
+    path.write_text("import torch\nloss.backward()\n")
+    with pytest.raises(files.SourceError, match="names were looked up"):
+        files.look(path, "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,8 @@ def test_a_scaler_that_is_used_from_outside_of_its_class_stays() -> None:
                 print(self.scaler.get_scale())
         """
     stays(trainer + more, (17, "`trainer.scaler` may be the scaler"))
-    stays(trainer + below, (18, "`self.scaler` may be the scaler"))
+    code, result = rewritten(textwrap.dedent(trainer) + textwrap.dedent(below))  # a class below is the same object
+    assert not result.left and "self.handle = wrapprec.wrap(" in code and "print(self.handle.scale)" in code
 
 
 def test_an_optimizer_that_is_made_anew_is_not_wrapped_for_half_of_its_life() -> None:

@@ -157,7 +157,7 @@ def _find(wrap: Wrap, names: Names) -> Place | Reason:
     if wrap.uses is not None:
         call = wrap.uses.scaler.call
         function = names.function(call)
-        whole = statement(call, names)
+        whole = wrap.uses.scaler.fork or statement(call, names)
         if all(spelled(root, function, names.line(whole), names) for root in needed):
             place = find_place(function, needed, wrap.models, whole, names)
             if isinstance(place, Place):
@@ -180,6 +180,8 @@ def _hand_over(wrap: Wrap, uses: Uses, place: Place, flagged: bool, plan: Plan, 
     made = names.function(scaler.call)
     for node in scaler.statements:
         plan.drop(node)
+    if scaler.fork is not None:
+        plan.forks[scaler.fork] = Fork("body")
     spell: Callable[[cst.BaseExpression], str] = uses.spelled
     for use in uses.handles:
         plan.edits.setdefault(use, _named(spell(use)))
@@ -200,7 +202,7 @@ def _hand_over(wrap: Wrap, uses: Uses, place: Place, flagged: bool, plan: Plan, 
     target = names.values[scaler.symbol][0][0]
     name = text(_target(target))
     where = home(scaler.symbol)
-    if where is place.function or (isinstance(where, cst.ClassDef) and names.class_of(place.function) is where):
+    if where is place.function or names.lineage.related(where, names.class_of(place.function)):
         return spell(_target(target))
     model = spelled(wrap.models[0], made, names.line(scaler.call), names)
     if made is None or model is None or flagged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from wrapprec.migrate.rewrite import makers
 from wrapprec.migrate.rewrite.facts import (
     AUTOCAST,
     Cast,
@@ -14,10 +15,11 @@ from wrapprec.migrate.rewrite.facts import (
     constant,
     is_module,
     is_module_class,
+    is_partial,
     mentions,
     statement,
 )
-from wrapprec.migrate.rewrite.names import Function, Names, Symbol
+from wrapprec.migrate.rewrite.names import Expression, Function, Names, Symbol
 from wrapprec.migrate.rewrite.syntax import cst, each, text
 
 NOT_FORWARD = set(
@@ -77,7 +79,9 @@ def read_casts(names: Names) -> Casts:
             inner = isinstance(up, (cst.ImportAlias, cst.Attribute)) or any(
                 isinstance(one, (cst.Import, cst.ImportFrom)) for one in names.above(node)
             )
-            if not inner and not (isinstance(up, cst.Call) and up.func is node) and not names.aliases(up, node):
+            made = isinstance(up, cst.Call) and up.func is node
+            made = made or (isinstance(up, cst.Arg) and is_partial(names.parent(up), names))
+            if not inner and not made and not names.aliases(up, node):
                 found.reasons.append(Reason(node, _passed_on(node, up, names)))
     for region in found.regions:
         _look_around(region, names)
@@ -95,40 +99,71 @@ def _passed_on(node: cst.CSTNode, up: cst.CSTNode | None, names: Names) -> str:
 def _follow(cast: Cast, found: Casts, names: Names) -> None:
     value, flags, _ = choose(cast.call, names)
     cast.enabled += flags
+    lifted = None if cast.called else makers.through_lambda(value, names)
+    if lifted is not None:
+        value, cast.called = lifted[0], True
+        cast.enabled += lifted[1]
     up = names.parent(value)
-    if isinstance(up, (cst.WithItem, cst.Decorator)):
+    if isinstance(up, (cst.WithItem, cst.Decorator)) and not cast.called:
         found.regions.append(_region(cast, up, names))
+        return
+    given = None if cast.called else makers.giver(up, names)
+    if given is not None:
+        cast.enabled += given[1]
+        _follow_function(cast, given[0], found, names)
         return
     symbol = names.symbol(up.targets[0].target) if isinstance(up, cst.Assign) and len(up.targets) == 1 else None
     if symbol is None or up is None:
         found.reasons.append(Reason(cast.call, "autocast is used in a way that is not known"))
         return
     others = [(node, one) for node, one in names.values[symbol] if one is not value]
-    if any(not _is_nothing(one, names) for _, one in others) or len(others) > 1:
+    if any(not makers.is_nothing(one, names, cast.called) for _, one in others) or len(others) > 1:
         found.reasons.append(Reason(cast.call, f"`{symbol[1]}` is set to several contexts"))
         return
     if others:
+        beside = set(names.above(others[0][0]))
         below: cst.CSTNode = up
         for one in names.above(up):
             if isinstance(one, cst.If):
                 cast.enabled.append(Flag(one.test, negated=below is one.orelse))
+            if one in beside:
                 break
             below = one
-    for other in names.elsewhere(symbol):
+    for other in makers.elsewhere(symbol, names):
         found.reasons.append(Reason(other, f"the context `{symbol[1]}` is used from outside of its class"))
     cast.statements += [up, *(node for node, _ in others)]
     for context in names.family(symbol):
         cast.contexts.append(context)
         for use in names.uses[context]:
-            above = names.parent(use)
-            if isinstance(above, cst.WithItem) and above.asname is None:
-                found.regions.append(_region(cast, above, names))
-            elif not _is_passing(use, names):
+            if not _enters(cast, use, cast.called, found, names) and not _is_passing(use, names):
                 found.reasons.append(Reason(use, f"the context `{context[1]}` is used in another way than by `with`"))
 
 
-def _is_nothing(value: cst.CSTNode, names: Names) -> bool:
-    return isinstance(value, cst.Call) and names.qualified(value.func) == {"contextlib.nullcontext"} and not value.args
+def _follow_function(cast: Cast, function: cst.FunctionDef, found: Casts, names: Names) -> None:
+    """A function that only gives a context goes, with each `with` that calls it."""
+    symbol, uses = makers.uses_of(function, names)
+    others = [] if symbol is None else makers.elsewhere(symbol, names)
+    wrong: list[cst.CSTNode] = [*others]
+    for use in uses:
+        if not _enters(cast, use, not function.decorators, found, names):
+            wrong.append(use)
+    if wrong or not uses:
+        words = f"`{function.name.value}` gives autocast, and is used in another way than by `with` in its own class"
+        found.reasons.append(Reason(cast.call, words))
+    cast.statements.append(function)
+
+
+def _enters(cast: Cast, use: Expression, called: bool, found: Casts, names: Names) -> bool:
+    """Take in a use of a context by `with`, if it is one."""
+    up = names.parent(use)
+    if called and isinstance(up, cst.Call) and up.func is use and not up.args:
+        up = names.parent(up)
+    elif called:
+        return False
+    if not isinstance(up, cst.WithItem) or up.asname is not None:
+        return False
+    found.regions.append(_region(cast, up, names))
+    return True
 
 
 def _is_passing(use: cst.CSTNode, names: Names) -> bool:
@@ -235,7 +270,7 @@ def _is_asking(call: cst.Call, names: Names) -> bool:
     while isinstance(node, cst.Attribute):
         parts.append(node.attr.value)
         node = node.value
-    return bool(set(parts) & NOT_FORWARD)
+    return bool(set(parts) & NOT_FORWARD) or any("parameters" in part for part in parts)
 
 
 def without_gradients(node: cst.CSTNode, names: Names) -> bool:

@@ -42,6 +42,7 @@ class Cast:
         regions: the `with` items and decorators that it governs.
         off: whether it is constantly disabled.
         contexts: the variables that hold it.
+        called: whether these hold what makes it, and are called at each `with`.
     """
 
     call: cst.Call
@@ -51,6 +52,7 @@ class Cast:
     off: bool = False
     contexts: list[Symbol] = field(default_factory=list)
     statements: list[cst.CSTNode] = field(default_factory=list)
+    called: bool = False
 
 
 @dataclass(eq=False)
@@ -63,6 +65,7 @@ class Scaler:
         statements: the assignments of the symbol, of None too.
         enabled: the flags, all of which must hold.
         optional: whether the symbol may hold None instead.
+        fork: the `if` whose sides make the same scaler for different versions of torch, if there is one.
     """
 
     symbol: Symbol
@@ -70,6 +73,7 @@ class Scaler:
     statements: list[cst.CSTNode]
     enabled: list[Flag]
     optional: bool
+    fork: cst.If | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,14 @@ def constant(node: Expression | None) -> str | None:
 
 
 def cast_of(call: cst.Call, names: Names) -> Cast | None:
-    """Read a call that constructs autocast; None where it is another call."""
+    """Read a call that constructs autocast, or a `partial` of one; None where it is another call."""
+    whole = call
+    if is_partial(call, names) and call.args and not call.args[0].star:
+        call = call.with_changes(func=call.args[0].value, args=call.args[1:])
     found = names.qualified(call.func) & AUTOCAST
     if not found:
         return None
-    home = found.pop()
+    home = _home(call, found)
     old = home.startswith(("torch.cuda.", "torch.cpu."))
     enabled = argument(call, "enabled", 0 if old else 2)
     dtype = argument(call, "dtype", 1)
@@ -116,7 +123,20 @@ def cast_of(call: cst.Call, names: Names) -> Cast | None:
     else:
         choice = ("device", device)
     flags = [Flag(enabled)] if enabled is not None and constant(enabled) != "True" else []
-    return Cast(call, choice, flags, off=constant(enabled) == "False")
+    return Cast(whole, choice, flags, off=constant(enabled) == "False", called=whole is not call)
+
+
+def _home(call: cst.Call, found: set[str]) -> str:
+    """Where autocast comes from: one imported by `try` and `except` from two places is told by its device."""
+    first = argument(call, "device_type", 0)
+    wants = isinstance(first, (cst.SimpleString, cst.FormattedString)) or argument(call, "device_type") is not None
+    fits = [one for one in sorted(found) if one.startswith(("torch.cuda.", "torch.cpu.")) is not wants]
+    return (fits or sorted(found))[0]
+
+
+def is_partial(call: cst.CSTNode | None, names: Names) -> bool:
+    """Whether a node is a call of `functools.partial`."""
+    return isinstance(call, cst.Call) and "functools.partial" in names.qualified(call.func)
 
 
 def choose(node: cst.CSTNode, names: Names) -> tuple[cst.CSTNode, list[Flag], str]:
@@ -130,7 +150,8 @@ def choose(node: cst.CSTNode, names: Names) -> tuple[cst.CSTNode, list[Flag], st
     parent = names.parent(node)
     while isinstance(parent, cst.IfExp) and node is not parent.test:
         beside = parent.orelse if node is parent.body else parent.body
-        is_none = isinstance(beside, cst.Call) and bool(names.qualified(beside.func) & NOTHING) and not beside.args
+        is_call = isinstance(beside, cst.Call) and not beside.args
+        is_none = bool(names.qualified(beside.func if is_call else beside) & NOTHING)  # type: ignore[attr-defined]
         if not is_none and constant(beside) != "None":
             return node, flags, "something else"
         other = other or ("None" if constant(beside) == "None" else "nullcontext")

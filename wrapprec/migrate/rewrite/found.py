@@ -38,6 +38,8 @@ def read_scalers(names: Names) -> tuple[list[Scaler], list[Reason]]:
             if not (isinstance(up, cst.Call) and up.func is node):
                 reasons.append(Reason(node, f"`{text(node)}` is passed on, or a class above another"))
                 continue
+            if any(names.parent(up) in other.statements for other in found):
+                continue  # the other side of an `if`
             one = _scaler(up, names)
             (found if isinstance(one, Scaler) else reasons).append(one)  # type: ignore[arg-type]
     return found, reasons
@@ -53,18 +55,51 @@ def _scaler(call: cst.Call, names: Names) -> Scaler | Reason:
         return Reason(call, "the scaler is not held by one variable")
     if names.in_class(symbol):
         return Reason(call, _SHARED.format(text(call.func)))
-    others = [(node, one) for node, one in names.values[symbol] if one is not value]
+    fork, twins = _twins(call, up, symbol, names) if value is call else (None, [])
+    others = [(node, one) for node, one in names.values[symbol] if one is not value and node not in twins]
     if any(constant(one) != "None" for _, one in others) or symbol in names.moving:
         return Reason(call, f"`{symbol[1]}` is set to more than one scaler")
     enabled = argument(call, "enabled", 5 if _takes_device(call, names) else 4)
     if enabled is not None and constant(enabled) != "True":
         flags.append(Flag(enabled))
-    statements = [up, *(node for node, _ in others)]
-    return Scaler(symbol, call, statements, flags, optional=bool(others) or value is not call)
+    statements = [up, *twins, *(node for node, _ in others)]
+    return Scaler(symbol, call, statements, flags, bool(others) or value is not call, fork)
+
+
+def _twins(call: cst.Call, up: cst.CSTNode, symbol: Symbol, names: Names) -> tuple[cst.If | None, list[cst.CSTNode]]:
+    """The other side of an `if` that makes the same scaler by another name of torch's, if there is one."""
+    others = [(node, value) for node, value in names.values[symbol] if node is not up]
+    calls = [(node, value) for node, value in others if isinstance(value, cst.Call) and value is not call]
+    if len(calls) != 1 or not names.qualified(calls[0][1].func) & SCALER:
+        return None, []
+    node, other = calls[0]
+    fork = names.parent(names.parent(names.parent(up)))  # type: ignore[arg-type]  # assignment, line, block, if
+    if not isinstance(fork, cst.If) or not isinstance(fork.orelse, cst.Else):
+        return None, []
+    one_side, other_side = _lines(fork.body), _lines(fork.orelse.body)
+    sides = {id(one) for one in (*one_side, *other_side)}
+    if len(one_side) != 1 or len(other_side) != 1 or sides != {id(up), id(node)}:
+        return None, []
+    return (fork, [node]) if _says(call, names) == _says(other, names) else (None, [])
+
+
+def _lines(body: cst.BaseSuite) -> list[cst.CSTNode]:
+    return [part for line in body.body for part in getattr(line, "body", [line])]
+
+
+def _says(call: cst.Call, names: Names) -> list[str | None]:
+    """What a construction says beside the device."""
+    first = 1 if _takes_device(call, names) else 0
+    values = [argument(call, name, first + number) for number, name in enumerate((*NUMBERS, "enabled"))]
+    return [None if value is None else text(value) for value in values]
 
 
 def _takes_device(call: cst.Call, names: Names) -> bool:
-    return any(name.startswith("torch.amp.") for name in names.qualified(call.func))
+    found = names.qualified(call.func)
+    if any(not name.startswith("torch.amp.") for name in found):  # imported by `try` and `except` from two places
+        first = argument(call, "device", 0)
+        return isinstance(first, cst.SimpleString) or argument(call, "device") is not None
+    return bool(found)
 
 
 def numbers(scaler: Scaler, names: Names) -> list[tuple[str, Expression]]:

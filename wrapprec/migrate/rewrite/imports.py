@@ -16,6 +16,11 @@ FAMILY = ("torch.amp", "torch.cuda.amp", "torch.cpu.amp", "apex.amp")
 _PARTS = {
     ("torch", "autocast"), ("torch", "amp"), ("torch.cuda", "amp"), ("torch.cpu", "amp"), ("apex", "amp"),
 }  # fmt: skip
+_CONTEXTS = {
+    ("contextlib", "nullcontext"), ("contextlib", "suppress"), ("", "contextlib"),
+    ("functools", "partial"), ("", "functools"),
+}  # fmt: skip
+"""What a script imports for its contexts, and no longer needs where they went."""
 
 
 def package_name(module: cst.Module) -> tuple[str, bool]:
@@ -144,7 +149,7 @@ def _is_free(
     if full == "apex":
         return bound in then["names"]
     amp = (home, name) in _PARTS or full in FAMILY or home in FAMILY
-    return amp or (bound in then["names"] and (home, name) in {("contextlib", "nullcontext"), ("", "contextlib")})
+    return amp or (bound in then["names"] and (home, name) in _CONTEXTS)
 
 
 def _used(module: cst.Module) -> dict[str, set[str]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+from wrapprec.migrate.rewrite.lineage import Lineage
 from wrapprec.migrate.rewrite.syntax import cst, each, meta, text
+from wrapprec.migrate.rewrite.targets import assigned, is_set, is_static, moved
 
 Function: TypeAlias = "cst.FunctionDef | None"
 """A function; None: the file's own level."""
@@ -16,20 +18,17 @@ Expression: TypeAlias = "cst.BaseExpression"
 
 
 class Names:
-    """Finds out what names stand for, in one file.
-
-    Args:
-        module: the parsed file.
-    """
+    """Finds out what names stand for, in one file, the `module`."""
 
     def __init__(self, module: cst.Module) -> None:
-        wrapper = meta.MetadataWrapper(module)
+        wrapper = meta.MetadataWrapper(module, unsafe_skip_copy=True)  # a tree just parsed has every node once
         self.module = wrapper.module
-        self._parents = wrapper.resolve(meta.ParentNodeProvider)
         self._scopes = wrapper.resolve(meta.ScopeProvider)
         self._positions = wrapper.resolve(meta.PositionProvider)
-        self._qualified = wrapper.resolve(meta.QualifiedNameProvider)
-        self.nodes = list(each(self.module))
+        # libcst's providers of parents and qualified names each walk the whole tree once more: half of the time
+        self._qualified: dict[cst.CSTNode, set[str]] = {}
+        self._parents: dict[cst.CSTNode, cst.CSTNode] = {}
+        self.nodes = self._below(self.module)
         self.uses: dict[Symbol, list[Expression]] = defaultdict(list)
         self.values: dict[Symbol, list[tuple[cst.CSTNode, Expression]]] = defaultdict(list)
         self.functions: dict[Symbol, cst.FunctionDef] = {}
@@ -40,7 +39,36 @@ class Names:
         self.moving: set[Symbol] = set()
         """What loops, `with ... as` and `+=` set, and `except ... as`: of no one value."""
         self._roots: dict[Symbol, frozenset[Symbol]] = {}
+        self.lineage = Lineage()
+        self._relate()
         self._collect()
+
+    def _below(self, module: cst.Module) -> list[cst.CSTNode]:
+        """All nodes in the order of the text; notes what stands above each."""
+        found: list[cst.CSTNode] = []
+        todo: list[cst.CSTNode] = [module]
+        while todo:
+            node = todo.pop()
+            found.append(node)
+            children = node.children
+            for child in children:
+                self._parents[child] = node
+            todo += reversed(children)
+        return found
+
+    def _relate(self) -> None:
+        """Learn which class is above which, before names are looked up: attributes may belong to another class."""
+        for node in self.nodes:
+            if isinstance(node, cst.ClassDef):
+                self.classes[(self._scopes.get(node), node.name.value)] = node
+        selves = [(node, self._self_class(node.value)) for node in self.nodes if is_set(node, self.parent(node))]  # type: ignore[attr-defined]
+        defined = [(node, self.class_of(node)) for node in self.nodes if isinstance(node, cst.FunctionDef)]
+        self.lineage.read(
+            self.classes.values(),
+            lambda base: self.classes.get(self.symbol(base)) if isinstance(base, cst.Name) else None,  # type: ignore[arg-type]
+            [(owner, node.attr.value) for node, owner in selves if owner is not None],  # type: ignore[attr-defined]
+            [(owner, node.name.value) for node, owner in defined if owner is not None],
+        )
 
     def _collect(self) -> None:
         for node in self.nodes:
@@ -56,10 +84,8 @@ class Names:
                     symbol = self.symbol(param.name)
                     if symbol is not None:
                         self.params[symbol] = node
-            if isinstance(node, cst.ClassDef):
-                self.classes[(self._scopes.get(node), node.name.value)] = node
-            for moved in _moved(node):
-                symbol = self.symbol(moved)
+            for one in moved(node):
+                symbol = self.symbol(one)
                 if symbol is not None:
                     self.moving.add(symbol)
             for target, value in assigned(node):
@@ -110,9 +136,11 @@ class Names:
 
     def qualified(self, node: cst.CSTNode) -> set[str]:
         """What an expression is called where it comes from: `{"torch.amp.autocast"}`."""
-        found: Any = self._qualified.get(node, ())
-        names = found() if callable(found) else found  # libcst computes these when they are asked for
-        given = {one.name for one in names if one.source is not meta.QualifiedNameSource.BUILTIN}
+        if node not in self._qualified:
+            scope = self._scopes.get(node)
+            found = () if scope is None else scope.get_qualified_names_for(node)
+            self._qualified[node] = {one.name for one in found if one.source is not meta.QualifiedNameSource.BUILTIN}
+        given = self._qualified[node]
         return given if not isinstance(node, cst.Name) else self._aliased(node) or given
 
     def _aliased(self, node: cst.Name) -> set[str]:
@@ -150,7 +178,7 @@ class Names:
             return (homes.pop(), node.value) if len(homes) == 1 else None
         if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name):
             owner = self._self_class(node.value)
-            return None if owner is None else (owner, node.attr.value)
+            return None if owner is None else (self.lineage.owner(owner, node.attr.value), node.attr.value)
         return None
 
     def _self_class(self, name: cst.Name) -> cst.ClassDef | None:
@@ -194,15 +222,25 @@ class Names:
         """The function of this file that a call runs; a class's `__init__`."""
         symbol = self.symbol(call.func)
         if symbol is None:
-            return None
+            return self._super(call)
         if symbol in self.classes:
-            return self.functions.get((self.classes[symbol], "__init__"))
+            return self.functions.get((self.lineage.owner(self.classes[symbol], "__init__"), "__init__"))
         return self.functions.get(symbol)
+
+    def _super(self, call: cst.Call) -> cst.FunctionDef | None:
+        """The method of a class above that `super().method()` runs."""
+        func = call.func
+        if not isinstance(func, cst.Attribute) or not isinstance(func.value, cst.Call):
+            return None
+        owner = self.class_of(self.function(call)) if getattr(func.value.func, "value", "") == "super" else None
+        above = self.lineage.above(owner)[1:] if owner is not None else []
+        found = [self.functions.get((one, func.attr.value)) for one in above]
+        return next((one for one in found if one is not None), None)
 
     def bind(self, call: cst.Call, function: cst.FunctionDef) -> dict[str, cst.Arg]:
         """The arguments of a call by the parameter they go to; those behind a star are left out."""
         by_position = [*function.params.posonly_params, *function.params.params]
-        if self.class_of(function) is not None and not any(_is_static(one) for one in function.decorators):
+        if self.class_of(function) is not None and not any(is_static(one) for one in function.decorators):
             by_position = by_position[1:]
         known = {param.name.value for param in self.parameters(function)}
         bound: dict[str, cst.Arg] = {}
@@ -232,8 +270,19 @@ class Names:
                     found = set()
             elif len(values) == 1 and symbol not in self.params:
                 found = set(self._sources(values[0]))
+            elif len(values) > 1 and symbol not in self.params and symbol not in self.moving:
+                first = [value for value in values if not self._goes_on(value, symbol)]
+                found = set(self._sources(first[0])) if len(first) == 1 else set()
             self._roots[symbol] = frozenset(found) or frozenset([symbol])
         return self._roots[symbol]
+
+    def _goes_on(self, value: Expression, symbol: Symbol) -> bool:
+        """Whether a value is made of what the symbol held before: `model = DataParallel(model)`."""
+        if not isinstance(value, cst.Call):
+            return False
+        parts = [arg.value for arg in value.args[:1]]
+        parts += [value.func.value] if isinstance(value.func, cst.Attribute) else []
+        return any(self.symbol(part) == symbol for part in parts)
 
     def _sources(self, value: Expression) -> frozenset[Symbol]:
         if isinstance(value, cst.IfExp):
@@ -247,34 +296,3 @@ class Names:
     def family(self, root: Symbol) -> list[Symbol]:
         """Every symbol whose value was made as this root."""
         return [symbol for symbol in self.uses if root in self.roots(symbol)]
-
-
-def assigned(node: cst.CSTNode) -> list[tuple[Expression, Expression]]:
-    """The targets of a statement and what each gets; tuples on both sides are taken apart."""
-    if isinstance(node, (cst.AnnAssign, cst.NamedExpr)) and node.value is not None:
-        return [(node.target, node.value)] if isinstance(node.target, (cst.Name, cst.Attribute)) else []
-    pairs: list[tuple[Expression, Expression]] = []
-    if isinstance(node, cst.Assign):
-        for target in node.targets:
-            one, value = target.target, node.value
-            if isinstance(one, (cst.Tuple, cst.List)):
-                parts = [element.value for element in one.elements]
-                both = isinstance(value, (cst.Tuple, cst.List)) and len(value.elements) == len(parts)
-                values = [e.value for e in value.elements] if both else [value] * len(parts)  # type: ignore[attr-defined]
-                pairs += zip(parts, values, strict=True)
-            else:
-                pairs.append((one, value))
-    return pairs
-
-
-def _moved(node: cst.CSTNode) -> list[cst.CSTNode]:
-    """The names that a statement sets to something that is not written beside them."""
-    if isinstance(node, (cst.For, cst.CompFor, cst.AugAssign)):
-        return list(each(node.target))
-    if isinstance(node, cst.AsName):
-        return list(each(node.name))
-    return []
-
-
-def _is_static(decorator: cst.Decorator) -> bool:
-    return text(decorator.decorator) == "staticmethod"

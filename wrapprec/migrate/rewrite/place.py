@@ -124,8 +124,9 @@ def spelled(root: Symbol, function: Function, before: int, names: Names) -> str 
         lines = [names.line(node) for node, _ in names.values.get(symbol, []) if names.function(node) is function]
         set_before = any(line < before for line in lines)
         if isinstance(where, cst.ClassDef):
-            if function is None or names.class_of(function) is not where:
+            if function is None or not names.lineage.related(names.class_of(function), where):
                 continue
+            set_before = set_before or set_above(symbol, function, before, names)
             if set_before or (function.name.value != "__init__" and not lines):
                 self_name = names.parameters(function)[0].name.value
                 found.append((0, f"{self_name}.{symbol[1]}"))
@@ -135,6 +136,16 @@ def spelled(root: Symbol, function: Function, before: int, names: Names) -> str 
             found.append((2, symbol[1]))
     wanted = [entry for entry in found if entry[1].split(".")[-1] == root[1]] or found
     return min(wanted)[1] if wanted else None
+
+
+def set_above(symbol: Symbol, function: Function, before: int, names: Names) -> bool:
+    """Whether `super().__init__()`, called in a function before a line, has set an attribute of `self`."""
+    made = [names.function(node) for node, _ in names.values.get(symbol, [])]
+    for one in made:
+        calls = names.calls.get(one, []) if one is not None and one.name.value == "__init__" else []
+        if any(names.function(call) is function and names.line(call) < before for call in calls):
+            return names.class_of(one) is not names.class_of(function)
+    return False
 
 
 def find_place(
@@ -226,8 +237,10 @@ def _written(symbol: Symbol, node: cst.CSTNode, place: Place, names: Names, dept
     where, line = home(symbol), names.line(place.after)
     made = [one for one, _ in names.values.get(symbol, [])]
     if isinstance(where, cst.ClassDef):
-        inside = place.function is not None and names.class_of(place.function) is where
+        inside = place.function is not None and names.lineage.related(names.class_of(place.function), where)
         here = [one for one in made if names.function(one) is place.function]
+        if inside and not here and set_above(symbol, place.function, line + 1, names):
+            return f"{names.parameters(place.function)[0].name.value}.{symbol[1]}"  # type: ignore[arg-type]
         plain = names.symbol(names.values[symbol][0][1]) if len(made) == 1 else None
         if inside and here and plain in names.params and home(plain) is place.function:
             return plain[1]  # self.amp = amp: the same flag, however it is asked for

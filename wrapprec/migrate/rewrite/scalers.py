@@ -209,7 +209,7 @@ def scaler_flags(scaler: Scaler, stop: cst.CSTNode, names: Names) -> list[Flag]:
     for up in names.above(below):
         if up is stop:
             break
-        if isinstance(up, cst.If):
+        if isinstance(up, cst.If) and up is not scaler.fork:
             flags.append(Flag(up.test, negated=below is up.orelse))
         below = up
     return flags

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from wrapprec.migrate.rewrite.casts import Region, read_casts, without_gradients
 from wrapprec.migrate.rewrite.edits import Plan
-from wrapprec.migrate.rewrite.facts import Cast, Reason, made_of
+from wrapprec.migrate.rewrite.facts import Cast, Reason, Scaler, made_of
 from wrapprec.migrate.rewrite.foreign import read_foreign
 from wrapprec.migrate.rewrite.found import optimizers, read_scalers
 from wrapprec.migrate.rewrite.names import Expression, Function, Names, Symbol
@@ -107,6 +107,7 @@ def find_units(names: Names) -> list[Unit]:
         uses = Uses(scaler, own, names, lambda use, mine=mine: handle_name(use, mine))  # type: ignore[misc]
         key = ("function", names.function(scaler.call))
         groups.join([key, *(("function", one) for one in uses.functions), *uses.family, *uses.optimizers])
+        groups.join([key, *(("function", one.function) for one in casts.regions if _shares(one, scaler, names))])
         members.append((key, lambda unit, uses=uses, own=own: _take(unit, uses, own)))  # type: ignore[misc]
     made = optimizers(names)
     for optimizer in made:
@@ -127,6 +128,12 @@ def find_units(names: Names) -> list[Unit]:
         unit.casts = list(dict.fromkeys(region.cast for region in unit.regions))
         unit.functions |= {region.function for region in unit.regions}
     return found
+
+
+def _shares(region: Region, scaler: Scaler, names: Names) -> bool:
+    """Whether a region is in a class above or below the one that holds a scaler: one object has both then."""
+    owner, other = scaler.symbol[0], names.class_of(region.function)
+    return owner is not other and names.lineage.related(owner, other)
 
 
 def _take(unit: Unit, uses: Uses, own: Plan) -> None:
