@@ -78,4 +78,5 @@ class Counted:
         index = torch.arange(shape.numel(), dtype=torch.int64, device=self._state.device)
         random, _ = philox(index & _ALL, drawn & _ALL, seed)
         self._state = torch.stack([seed, drawn + 1])
-        return (random & (2**count - 1)).to(torch.int32).reshape(shape)
+        drawn_now: Tensor = (random & (2**count - 1)).to(torch.int32)
+        return drawn_now.reshape(shape)

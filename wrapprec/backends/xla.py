@@ -24,7 +24,7 @@ _CODES = {torch.float32: "F32", torch.int32: "S32", torch.bfloat16: "BF16", torc
 @functools.cache
 def _bitcast() -> Any:
     """An operation that torch_xla 2.9 lacks: its `view(dtype)` is computed on the host."""
-    from torch_xla.core import xla_builder, xla_op_registry
+    from torch_xla.core import xla_builder, xla_op_registry  # type: ignore[import-not-found,unused-ignore]
 
     def lower(operand: Any, code: str) -> Any:
         return operand.bitcast(getattr(xla_builder.Type, code))
