@@ -193,6 +193,15 @@ def test_devices_that_were_never_tried_compute_in_bfloat16() -> None:
     assert backend_for("cpu").native(precision) == precision
 
 
+def test_devices_that_quantised_weights_were_never_tried_on_say_so() -> None:
+    said = "quantised weights have not been tried on mps: they stay in float32, of which bfloat16 is made"
+    model = between(nn.Linear(256, 256))
+    for policy in ("nf4", "int8-training"):
+        plan = resolve(model, policy, device="mps")
+        assert plan.notes == (said,)
+        assert {placement.precision.param_dtype for placement in plan.placements} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("version", "arch", "hip", "multiplies"),
     [

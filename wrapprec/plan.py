@@ -79,9 +79,10 @@ def resolve(
     asked = {chosen.precision, *(rule_precision(chosen, rule) for rule in chosen.rules)}
     advice = {backend.advise(precision, where) for precision in asked}
     facts = {backend.facts(precision, where) for precision in asked}
-    if any(precision.compute_dtype == "fp8" for precision in map(backend.native, asked)):
+    native = [backend.native(precision) for precision in asked]
+    if any(precision.compute_dtype == "fp8" for precision in native):
         advice.add(fits.missed(dict(model.named_modules()), placements))
-    advice.add(missed(any(precision.param_dtype in dtypes.WEIGHT_FORMATS for precision in asked), placements))
+    advice.add(missed(any(precision.param_dtype in dtypes.WEIGHT_FORMATS for precision in native), placements))
     said = (tuple(sorted(text for text in texts if text)) for texts in (advice, facts))
     return Plan(chosen, str(where), placements, scale, why, *said)
 

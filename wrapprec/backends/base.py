@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapprec.backends import ABSENT
+from wrapprec.backends.bits import Bits
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8, advise
 from wrapprec.backends.recording import Recording
@@ -85,7 +86,7 @@ def norm_kind(module: nn.Module) -> str | None:
     return None
 
 
-class Backend(Recording, ABC):
+class Backend(Recording, Bits, ABC):
     """A device type.
 
     Attributes:
@@ -282,10 +283,9 @@ def _agrees(kind: str, dtype: torch.dtype, device: torch.device, training: bool)
         with torch.no_grad():
             for parameter in norm.parameters():
                 parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel(), device=device))
-        count = torch.Size(shape).numel()
-        data = torch.linspace(-3, 5, count, device=device, dtype=torch.float32).cos().reshape(shape).to(dtype)
-        x = data.to(activations).requires_grad_()
-        out = norm(x)
+        grid = torch.linspace(-3, 5, torch.Size(shape).numel(), device=device, dtype=torch.float32)
+        data = grid.cos().reshape(shape).to(dtype)
+        out = norm(data.to(activations).requires_grad_())
         if out.dtype != activations:
             return False
         (gradient,) = torch.autograd.grad(out, [next(norm.parameters())], grad_outputs=data.to(out.dtype))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from wrapprec.dtypes import is_format
 from wrapprec.precision import Precision
 
 
@@ -26,16 +27,20 @@ class Float8:
 
 
 def advise(precision: Precision, float8: Float8 | None, device: torch.device) -> str | None:
-    """Say what fp8 comes to on a device.
+    """Say what fp8, and quantised weights, come to on a device.
 
     Args:
         precision: what the policy asks for.
-        float8: what devices of this type can do with it; None where it is not computed at all.
+        float8: what devices of this type can do with it; None where neither of the two is computed at all.
         device: which one.
 
     Returns:
         The advice; None where there is none.
     """
+    if float8 is None and is_format(precision.param_dtype):
+        return (
+            f"quantised weights have not been tried on {device.type}: they stay in float32, of which bfloat16 is made"
+        )
     if precision.compute_dtype != "fp8":
         return None
     if float8 is None:

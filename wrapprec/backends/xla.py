@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from wrapprec.backends.base import Backend, Capability, Lending
+from wrapprec.backends.counted import Counted
 from wrapprec.dtypes import Dtype
 from wrapprec.precision import Precision
 
 _HALF_AS = torch.bfloat16
 """What float16 becomes: it is no type of a TPU, and bfloat16 needs no loss scale."""
+
+
+_CODES = {torch.float32: "F32", torch.int32: "S32", torch.bfloat16: "BF16", torch.int16: "S16"}
+
+
+@functools.cache
+def _bitcast() -> Any:
+    """An operation that torch_xla 2.9 lacks: its `view(dtype)` is computed on the host."""
+    from torch_xla.core import xla_builder, xla_op_registry  # type: ignore[import-not-found,unused-ignore]
+
+    def lower(operand: Any, code: str) -> Any:
+        return operand.bitcast(getattr(xla_builder.Type, code))
+
+    return xla_op_registry.register("wrapprec_bitcast", lower)
 
 
 class XlaBackend(Backend):
@@ -25,6 +43,7 @@ class XlaBackend(Backend):
     # The compiler fuses the casts, whichever way they were written.
     lending = Lending(bucket_elements=0, multi_tensor=False)
     scaling = False
+    in_pieces = False
 
     def capability(self, device: torch.device) -> Capability:
         """See `Backend.capability`."""
@@ -56,3 +75,12 @@ class XlaBackend(Backend):
         if precision.surroundings == self.native(precision):
             return super().advise(precision, device)
         return "float16 is no type of XLA devices: bfloat16 is used in its place, without a loss scale"
+
+    def read_bits(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Bits.read_bits`."""
+        found: Tensor = _bitcast()(tensor, code=_CODES[dtype])
+        return found
+
+    def generator(self, device: torch.device) -> Counted:
+        """See `Bits.generator`."""
+        return Counted(device)

@@ -158,14 +158,21 @@ def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     # torchao takes 1e-12 for the least scale, which is a large second moment.
     absmax = blocks.abs().amax(1)
     blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
-    state = kind.zeros((blocks.numel(),), signed, CODE_BLOCK[4], flat.device)
-    state.copy_(blocks.view(-1))
-    return state.codes, absmax
+    module = torchao("optim.subclass_4bit", WISH[4])
+    # What torchao's subclass for states calls: inside of that, XLA's tensors fail. Scaled again, for blocks below tiny.
+    blocks, _ = module.scale_tensor(blocks.view(-1), CODE_BLOCK[4])
+    codes = module.quantize_4bit_with_qmap(blocks, _values_4(signed, flat.device))
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _values_4(signed: bool, device: torch.device) -> Tensor:
+    """The 16 values of a code, ascending."""
+    module = torchao("optim.subclass_4bit", WISH[4])
+    return torch.tensor(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), device=device)
 
 
 def _dequantise_4(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     module = torchao("optim.subclass_4bit", WISH[4])
-    values = torch.tensor(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), device=codes.device)
+    values = _values_4(signed, codes.device)
     flat: Tensor = module.OptimState4bit(codes, absmax, values, signed, (codes.numel() * 2,)).dequantize()
     return flat

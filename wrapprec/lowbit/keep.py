@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wrapprec.backends.select import backend_for
 from wrapprec.dtypes import LOW, REAL
 from wrapprec.errors import PolicyError, message
 from wrapprec.lowbit.words import combine, round_by_chance, split
@@ -25,7 +26,7 @@ PIECE = 2**17
 
 def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Tensors of one shape in pieces that share their storage; whole where they are not laid out alike."""
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not (backend_for(tensors[0].device).in_pieces and all(tensor.is_contiguous() for tensor in tensors)):
         return [tensors]
     return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
 
@@ -45,7 +46,7 @@ class Kept:
         self.mode = mode
         self.rests: dict[str, Tensor] = {}
         self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
-        self._generators: dict[str, torch.Generator] = {}
+        self._generators: dict[str, Any] = {}
         self._states: dict[str, Tensor] = {}
 
     def widen(self, name: str, weight: Tensor) -> Tensor:
@@ -82,13 +83,10 @@ class Kept:
                 rounded = whole.to(weight.dtype)
             narrow.copy_(rounded)
 
-    def _generator(self, device: torch.device, seed: int) -> torch.Generator:
+    def _generator(self, device: torch.device, seed: int) -> Any:
         key = str(device)
         if key not in self._generators:
-            try:
-                generator = torch.Generator(device)
-            except RuntimeError:  # a device that has no generators takes the host's bits
-                generator = torch.Generator()
+            generator = backend_for(device).generator(device)
             if key in self._states:
                 generator.set_state(self._states.pop(key))
             else:

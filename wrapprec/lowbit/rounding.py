@@ -25,6 +25,7 @@ from wrapprec.errors import StepError, message
 from wrapprec.lowbit.forms import is_mark
 from wrapprec.lowbit.keep import Kept
 from wrapprec.lowbit.states import load_wide, widen_state
+from wrapprec.lowbit.words import bits
 from wrapprec.patch import function_of, patch
 from wrapprec.state import Shared
 from wrapprec.undo import UndoStack
@@ -54,7 +55,7 @@ class Rounder:
         self._known: dict[int, tuple[Tensor, str, Kept, nn.Parameter]] = {}
         self._seed: int | None = None
         # It was seen to change the stand-ins: it is not one that steps parameters of its own list.
-        self._trusted = type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
+        self._trusted = type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes.", "torch_xla."))
         self.active = True
 
     def guards(self, optimizer: Optimizer) -> bool:
@@ -204,7 +205,7 @@ class Rounder:
         if self._seed is None:
             self._seed = torch.initial_seed()
             if dist.is_available() and dist.is_initialized():
-                words = [param.detach().view(torch.int16) for param, *_ in self._known.values()]
+                words = [bits(param.detach(), torch.int16) for param, *_ in self._known.values()]
                 self._seed = sum(int(word.sum(dtype=torch.int64)) * (i + 1) for i, word in enumerate(words)) % 2**63
         return self._seed
 
