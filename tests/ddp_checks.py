@@ -808,6 +808,40 @@ def post_local_sgd_skips_on_all_and_averages(policy: str) -> None:
 
 
 @check
+def compiled_models_have_true_gradients_and_skip_on_all(policy: str) -> None:
+    """`torch.compile` of the DDP, which splits the graph by its buckets, or of the model below it."""
+    from torch import _dynamo
+
+    _dynamo.reset()
+    scales = policy.startswith("16")
+    model = net()
+    model.extra = nn.Identity()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    scale: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+    handle = wrapprec.wrap(model, sgd, policy, **scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it traces
+        outer = policy.endswith("mixed")
+        ddp = torch.compile(DDP(model), backend="eager") if outer else DDP(torch.compile(model, backend="eager"))
+        x, y = data()
+        F.mse_loss(ddp(mine(x)), mine(y)).backward()
+    wanted = {name: g for name, g in reference([data()]).items() if g is not None}
+    near(grads(model), wanted, tolerance(policy))
+    sgd.step()
+    agreed(handle, model)
+    sgd.zero_grad()
+    backward(ddp, scales and dist.get_rank() == 1, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    hide_overflow(model)
+    sgd.step()
+    agreed(handle, model)
+    assert handle.step_was_skipped is scales
+    assert all(map(torch.equal, model.parameters(), before)) is scales
+    handle.unwrap()
+    _dynamo.reset()
+
+
+@check
 def ddp_that_casts_by_itself_is_refused(policy: str) -> None:
     model = net()
     ddp = DDP(model)
