@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -82,7 +83,18 @@ def main(
                 torch.save(outcome, f"{reports}/{rank}")
                 raise
     torch.save(outcome, f"{reports}/{rank}")
-    dist.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """End a process of a group, once all are ready to, without finalising Python.
+
+    DDP and FSDP keep the group, so that destroying it does not end gloo's threads. One that lets go of its last tensor
+    while the interpreter is finalised is ended by it, and takes the process down ("terminate called").
+    """
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 # Models, data, comparison
@@ -747,6 +759,86 @@ def sharded_optimizer_skips_on_all(policy: str) -> None:
         agreed(handle, model)
         same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         assert handle.step_was_skipped is same is (scales and step == 1)
+
+
+@check
+def post_local_sgd_skips_on_all_and_averages(policy: str) -> None:
+    """A shell that steps another optimizer and then averages the weights: the other one is guarded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of torch.jit.script
+        from torch.distributed.optim import PostLocalSGDOptimizer
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    def make() -> Any:
+        model = net()
+        model.extra = nn.Identity()
+        ddp = DDP(model)
+        alone, _ = dist.new_subgroups(1)
+        ddp.register_comm_hook(PostLocalSGDState(None, alone, start_localSGD_iter=2), post_localSGD_hook)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        return ddp, sgd, PostLocalSGDOptimizer(sgd, PeriodicModelAverager(period=2, warmup_steps=2))
+
+    scales = policy.startswith("16")
+    (ddp, sgd, shell), (plain, _, its) = make(), make()
+    names = set(sgd.__dict__), set(shell.__dict__)
+    handle = wrapprec.wrap(ddp, shell, policy, **({"loss_scale": LossScale(init_scale=64.0)} if scales else {}))
+    for step in range(6):
+        bad = scales and step == 3
+        before = [p.detach().clone() for p in ddp.parameters()]
+        for one, optimizer in ((ddp, shell), (plain, its)):
+            optimizer.zero_grad()
+            # From the second on, gradients stay where they are: the overflow is one rank's alone.
+            backward(one, bad and one is ddp and dist.get_rank() == 1, step)
+            if not bad or one is ddp:
+                optimizer.step()
+            else:
+                its.averager.average_parameters(its.param_groups)
+        verdicts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(verdicts, (handle.step_was_skipped, handle.state_dict()))
+        assert all(verdict == verdicts[0] for verdict in verdicts)
+        assert handle.step_was_skipped is bad
+        assert all(map(torch.equal, ddp.parameters(), before)) is bad
+        if step % 2 == 0:
+            same_everywhere(*ddp.parameters())
+    for got, want, start in zip(ddp.parameters(), plain.parameters(), net().parameters(), strict=False):
+        assert (got - want).norm() < tolerance(policy) * (want - start).norm()
+    handle.unwrap()
+    assert names == (set(sgd.__dict__), set(shell.__dict__))
+
+
+@check
+def compiled_models_have_true_gradients_and_skip_on_all(policy: str) -> None:
+    """`torch.compile` of the DDP, which splits the graph by its buckets, or of the model below it."""
+    from torch import _dynamo
+
+    _dynamo.reset()
+    scales = policy.startswith("16")
+    model = net()
+    model.extra = nn.Identity()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    scale: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+    handle = wrapprec.wrap(model, sgd, policy, **scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it traces
+        outer = policy.endswith("mixed")
+        ddp = torch.compile(DDP(model), backend="eager") if outer else DDP(torch.compile(model, backend="eager"))
+        x, y = data()
+        F.mse_loss(ddp(mine(x)), mine(y)).backward()
+    wanted = {name: g for name, g in reference([data()]).items() if g is not None}
+    near(grads(model), wanted, tolerance(policy))
+    sgd.step()
+    agreed(handle, model)
+    sgd.zero_grad()
+    backward(ddp, scales and dist.get_rank() == 1, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    hide_overflow(model)
+    sgd.step()
+    agreed(handle, model)
+    assert handle.step_was_skipped is scales
+    assert all(map(torch.equal, model.parameters(), before)) is scales
+    handle.unwrap()
+    _dynamo.reset()
 
 
 @check

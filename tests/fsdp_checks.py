@@ -70,8 +70,8 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
-def net(kind: type[nn.Module] = Net) -> Any:
-    torch.manual_seed(1)
+def net(kind: type[nn.Module] = Net, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
     return kind()
 
 

@@ -599,7 +599,7 @@ def test_sharded_parameters_are_refused() -> None:
     model[2].weight = Sharded(model[2].weight.detach())
     text = refusal(adamw(model), model)
     assert "Received: a Sharded of shape (64, 64), as fully_shard makes them" in text
-    assert "Remedy: leave optimizer_bits out and build an 8-bit optimizer of bitsandbytes after sharding" in text
+    assert "Remedy: leave optimizer_bits out, and build torchao.optim.AdamW8bit or AdamW4bit after sharding" in text
 
 
 def test_other_bits_for_a_converted_optimizer_are_refused() -> None:

@@ -29,8 +29,8 @@ LAYERS: dict[str, str] = {
     " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
     " region forward",
     "step": "patch lowbit.codes lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
-    "weights": "lowbit.words lowbit.keep lowbit.states lowbit.convert lowbit.rounding lowbit.attach lowbit.checkpoint"
-    " lowbit.quantised",
+    "weights": "lowbit.words lowbit.keep lowbit.states lowbit.managers lowbit.convert lowbit.rounding lowbit.attach"
+    " lowbit.checkpoint lowbit.quantised",
     "wrap": "install prepared handle wrap",
     "tools": "migrate migrate.outcome migrate.roots migrate.find"
     " migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ddp_checks import leave
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -334,10 +334,7 @@ def _count(rank: int, rendezvous: str, report: str) -> None:
     _sent_by_ddp(seen)
     _sent_by_fsdp(seen)
     torch.save(seen, f"{report}{rank}")
-    # What is left of the models holds on to the group, whose threads must have ended when the interpreter does.
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def test_what_is_sent_is_what_two_processes_hand_to_their_collectives(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_commands_are_listed_and_exist(capsys: pytest.CaptureFixture[str]) -> No
 # Launchers
 
 TRAINS = """
-import os, torch
+import os, time, torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -233,6 +233,9 @@ for _ in range(6):
 total = sum(param.double().sum() for param in model.parameters())
 # In one piece: both processes write to one pipe.
 os.write(1, f"total {dist.get_rank()} {total.item():.6f}\\n".encode())
+# The model keeps the group, and gloo's threads let go of tensors a moment later: while Python exits, that aborts it.
+dist.barrier()
+time.sleep(0.1)
 dist.destroy_process_group()
 """
 

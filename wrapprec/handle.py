@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -51,6 +52,8 @@ class Handle:
         self._low: list[LowBits] = []
         self._steppers: list[Stepper] = []
         self._rounders: list[Rounder] = []
+        # Those of which it is known when an Accelerator prepares them.
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._skipped_before = 0
         self._loaded = False
         for model in models:
@@ -173,6 +176,9 @@ class Handle:
             low = convert(optimizer, bits, functools.partial(embedded, [m.root for m in self._models]), self._undo)
             self._low += [low] if low not in self._low else []
         keep_updates(optimizer, self._models, self._rounders, self._undo)
+        if optimizer not in self._followed:
+            self._followed.add(optimizer)
+            follow(optimizer, self, self._undo)
         scaled = [model for model in self._models if model.scaler is not None]
         if not scaled:
             return
@@ -182,7 +188,6 @@ class Handle:
             for inner in inner_optimizers(optimizer):
                 if not any(known.guards(inner) for known in self._steppers):
                     self._guard(Stepper(inner, scaled, owner=stepper))
-            follow(optimizer, self, self._undo)
             for model in scaled:
                 model.owners = [owner for owner in model.owners if owner.alive] + [stepper]
                 model.repartition()

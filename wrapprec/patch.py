@@ -47,13 +47,14 @@ def patch(optimizer: Optimizer, name: str, function: Callable[..., Any], undo: U
 
 
 def beneath(optimizer: Any) -> Any:
-    """The optimizer that does the work of one that an Accelerator has prepared, which is a shell; any other itself.
+    """The optimizer that does the work of one that is a shell around it; any other itself.
 
-    A shell is an Optimizer to `isinstance` only: it was never initialised as one, and has no hooks.
+    A shell (of an Accelerator, torch's PostLocalSGDOptimizer) is an Optimizer to `isinstance` only: it was never
+    initialised as one, and has no hooks.
     """
     while not hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
+        inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+        if len(inner) != 1:
             break
-        optimizer = inner
+        optimizer = inner[0]
     return optimizer

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.parameter import is_lazy
 
 from wrapprec.computed import computed_by_hooks
 from wrapprec.defaults import keeps_weights, within_parametrisations
 from wrapprec.dtypes import LOW, REAL, name
-from wrapprec.errors import PolicyError, WrapprecError, WrapprecWarning, message, module_label
+from wrapprec.errors import PolicyError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
 from wrapprec.lent import originals
 from wrapprec.lowbit.keep import Kept, follow_loading, forget_loading
+from wrapprec.lowbit.managers import check_managers, check_rounded, reducers_of
 from wrapprec.lowbit.words import split
 from wrapprec.plan import Plan
 from wrapprec.standin import forward_of
@@ -56,7 +54,8 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     kept = shared.converted
     params = list(_wanted(model, plan, False))
     changing = [found for found in params if found[1].dtype is not found[2]]
-    check_managers(model, {id(tensor) for _, tensor, _ in changing})
+    check_managers(model, changing)
+    check_rounded(params, plan.rounding)
     changing += [found for found in _wanted(model, plan, True) if found[1].dtype is not found[2]]
     done: list[tuple[str, Tensor]] = []
     graded: list[tuple[Tensor, torch.dtype | None]] = []
@@ -174,7 +173,7 @@ def restore(tensors: list[tuple[str, Tensor]], kept: Kept) -> None:
         if tensor.dtype is now and not tensor.is_meta:
             whole = kept.widen(fqn, tensor) if now in LOW and before not in LOW else tensor.detach()
             _set(tensor, whole.to(before))
-    reducers = _reducers({id(tensor) for _, tensor in tensors if tensor.requires_grad})
+    reducers = reducers_of({id(tensor) for _, tensor in tensors if tensor.requires_grad})
     if reducers:
         warnings.warn(
             message(
@@ -205,43 +204,6 @@ def _flatten(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
-
-
-def _reducers(ids: set[int]) -> list[DDP]:
-    """The DistributedDataParallel modules that reduce the gradients of some of these parameters."""
-    if not ids or not dist.is_available() or not dist.is_initialized():
-        return []
-    ddps = [one for one in gc.get_objects() if DDP in type(one).__mro__]
-    return [ddp for ddp in ddps if any(id(param) in ids for param in ddp.parameters())]
-
-
-def check_managers(model: nn.Module, ids: set[int]) -> None:
-    """Refuse to convert what others hold on to: DDP the gradients' hooks, FSDP the storage.
-
-    Raises:
-        PolicyError: FSDP manages parameters.
-        WrapprecError: there is a DDP around them.
-    """
-    if not ids:
-        return
-    for fqn, module in model.named_modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise PolicyError(
-                message(
-                    "parameters that nobody else manages, to change their dtype",
-                    "a model that fully_shard was applied to",
-                    where=module_label(fqn, module),
-                    remedy="convert the model (model.to(dtype)) before fully_shard, or use a mixed policy",
-                )
-            )
-    if _reducers(ids):
-        raise WrapprecError(
-            message(
-                "wrap before DistributedDataParallel, where the parameters change their dtype",
-                "parameters whose gradients a DistributedDataParallel reduces already, which would stop",
-                remedy="call wrap(model, ...) first, then DistributedDataParallel(model)",
-            )
-        )
 
 
 def _warn_of_nearest(kept: Kept, dtype: torch.dtype) -> None:

@@ -113,7 +113,7 @@ def check_plain(param: Tensor) -> None:
             message(
                 "parameters that are plain tensors, for optimizer_bits",
                 f"a {type(param).__name__} of shape {tuple(param.shape)}, as fully_shard makes them",
-                remedy="leave optimizer_bits out and build an 8-bit optimizer of bitsandbytes after sharding",
+                remedy="leave optimizer_bits out, and build torchao.optim.AdamW8bit or AdamW4bit after sharding",
             )
         )
 

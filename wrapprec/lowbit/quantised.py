@@ -14,6 +14,7 @@ from wrapprec.errors import PolicyError, message, module_label
 from wrapprec.lowbit.checkpoint import load_packed, save_packed
 from wrapprec.lowbit.eightbits import Linear8, Training8
 from wrapprec.lowbit.fourbits import Embedding4, Linear4
+from wrapprec.lowbit.managers import check_stored
 from wrapprec.lowbit.products import Quantised, library
 from wrapprec.lowbit.quantisable import TRAINING, is_conv1d, is_packed
 from wrapprec.standin import forward_of
@@ -46,6 +47,8 @@ def quantise(model: nn.Module, plan: Plan, undo: UndoStack, optimizers: Iterable
         if not isinstance(form, str):
             continue
         if form == TRAINING:
+            if "weight" not in (forward.managed or ()):  # what FSDP gathers is whole
+                check_stored(form, forward.module._parameters["weight"], module_label(forward.name, forward.module))
             library(form)
             forward.runner = Training8()
             # What is cast once in `frozen()` would be rounded from other numbers.
@@ -57,6 +60,7 @@ def quantise(model: nn.Module, plan: Plan, undo: UndoStack, optimizers: Iterable
         weight = forward.module._parameters["weight"]
         if weight.requires_grad and (trained is None or id(weight) in trained):
             raise _trained(forward, form)
+        check_stored(form, weight, module_label(forward.name, forward.module))
     silent = not trained
     for forward, form in todo:
         _store(forward, form, undo, silent)
