@@ -74,8 +74,9 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
-    # A multi-tensor cast lost to a cast for each parameter in whole steps here: the caches are cold by then.
-    lending = Lending(bucket_elements=0, multi_tensor=False)
+    # A multi-tensor cast lost to a cast for each parameter in whole steps here: the caches are cold by then. Small
+    # weights stay in them, and there an autograd Function for each module takes longer than what it computes.
+    lending = Lending(bucket_elements=2**14, multi_tensor=False)
     # oneDNN's own: with AMX it multiplies in bfloat16, elsewhere it keeps float32's accuracy and is faster than MKL.
     # The setter on `torch.backends.mkldnn` itself would write the flag of every backend.
     switches = Switches(
@@ -86,6 +87,10 @@ class CpuBackend(Backend):
 
     # Torch has a kernel there too, slower than the exact products in float32.
     float8 = Float8(lambda device: False)
+
+    def is_recording(self) -> bool:
+        """See `Recording.is_recording`: a CPU records nothing."""
+        return False
 
     def bfloat16_by(self) -> str | None:
         """Name the instructions that compute in bfloat16, if oneDNN uses them.
