@@ -307,7 +307,7 @@ def test_read_keeps_whole_numbers_beyond_float32_exact() -> None:
 
 
 def test_lending_styles_are_those_measured() -> None:
-    assert (CpuBackend.lending.bucket_elements, CpuBackend.lending.multi_tensor) == (0, False)
+    assert (CpuBackend().lending.bucket_elements, CpuBackend().lending.multi_tensor) == (2**14, False)
     assert (CudaBackend.lending.bucket_elements, CudaBackend.lending.multi_tensor) == (2**22, True)
 
 

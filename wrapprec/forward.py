@@ -82,6 +82,7 @@ class Forward(Recorded, StandIn):
         self.replaced = replaced
         self.buckets: dict[str, Any] = {}
         self.computed: dict[str, str] = {}
+        self._forwards: list[Forward] | None = None
         self._census: Census | None = None
 
     @property
@@ -219,21 +220,24 @@ class Forward(Recorded, StandIn):
         """Nothing stands between this and the forward of the module's class."""
         return self.runner is None and self.replaced is None and self.replica is None
 
-    def census(self) -> Census:
-        """The modules of this one's subtree that belong to this wrapped model, as they were when last looked at."""
-        census = self._census
-        if census is None:
+    def tree(self) -> list[Forward]:
+        """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
+        found = self._forwards
+        if found is None:
             found = []
             for module in self.module.modules():
                 own = forward_of(module)
                 if isinstance(own, Forward) and own.shared is self.shared:
                     found.append(own if own.module is module else own.move_to(module))
-            census = self._census = Census(found)
-        return census
+            self._forwards = found
+        return found
 
-    def tree(self) -> list[Forward]:
-        """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
-        return self.census().forwards
+    def census(self) -> Census:
+        """The modules of `tree` as they were when last looked at; not for dynamo, which makes no sets of them."""
+        census = self._census
+        if census is None:
+            census = self._census = Census(self.tree())
+        return census
 
     def move_to(self, module: nn.Module) -> Forward:
         """Give a shallow copy of this module a Forward of its own."""
@@ -244,7 +248,7 @@ class Forward(Recorded, StandIn):
 
     def forget_tree(self) -> None:
         """The subtree has changed."""
-        self._census = None
+        self._forwards = self._census = None
 
     def _check(self, in_backward: bool) -> None:
         """Take up, or refuse, what changed in the model since the last forward."""
@@ -269,4 +273,4 @@ class Forward(Recorded, StandIn):
             check_backwards(shared, shared.scaler)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_census": None, "buckets": {}}
+        return {**self.__dict__, "_forwards": None, "_census": None, "buckets": {}}
