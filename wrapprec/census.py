@@ -81,7 +81,7 @@ class Census:
 
     def compiles(self) -> bool:
         """Whether some module is compiled by itself."""
-        return self._compiled or any(module._compiled_call_impl is not None for module in self.modules)
+        return self._compiled or bool([1 for module in self.modules if module._compiled_call_impl is not None])
 
 
 def left_to_lend(scope: Scope, tree: list[Forward], frozen: bool) -> list[Forward]:
@@ -95,13 +95,13 @@ def left_to_lend(scope: Scope, tree: list[Forward], frozen: bool) -> list[Forwar
     bordered = scope.border is not None
     by_graph = not bordered or graphs_lend
     census = tree[0].census()
-    if census.forwards is tree and not scope.done and not census.computes():
+    if census.forwards is tree and not scope.done and not census.computes() and not (by_graph and census.compiles()):
         if scope.shared.diagnosis is None:
             scope.simple = census.simple
         if not bordered and not frozen and census.lends_nothing:
             scope.done |= census.every
             return []
-        if not (by_graph and census.compiles()) and tree[0].replica is None:
+        if tree[0].replica is None:
             scope.done |= census.every
             return [forward for forward in tree if originals(forward.module)]
     left: list[Forward] = []
