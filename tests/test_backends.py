@@ -22,6 +22,7 @@ from wrapprec.backends.select import auto_policy, backend_for
 from wrapprec.errors import PolicyError
 from wrapprec.plan import resolve
 from wrapprec.policy import Policy
+from wrapprec.standin import forward_of
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -307,8 +308,23 @@ def test_read_keeps_whole_numbers_beyond_float32_exact() -> None:
 
 
 def test_lending_styles_are_those_measured() -> None:
-    assert (CpuBackend.lending.bucket_elements, CpuBackend.lending.multi_tensor) == (0, False)
+    assert (CpuBackend().lending.bucket_elements, CpuBackend().lending.multi_tensor) == (2**14, False)
     assert (CudaBackend.lending.bucket_elements, CudaBackend.lending.multi_tensor) == (2**22, True)
+
+
+def test_cpu_lends_small_weights_together_unless_processes_wait_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes() -> list[int]:
+        small = [nn.Linear(8, 8) for _ in range(3)]
+        net = nn.Sequential(*small, nn.Linear(8, 4096), nn.Linear(4096, 8))
+        handle = wrap(net, torch.optim.SGD(net.parameters()), "16-mixed")
+        (shared,) = handle._models
+        buckets = [shared.bucket_of(forward_of(layer), "weight", forward_of(net).tree()) for layer in net]
+        return [buckets.index(bucket) for bucket in buckets]
+
+    # A bucket ends with the weights that have filled it.
+    assert sizes() == [0, 0, 0, 0, 4]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert sizes() == [0, 1, 2, 3, 4]
 
 
 def test_cuda_backend_makes_no_cuda_call_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

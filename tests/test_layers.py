@@ -25,9 +25,9 @@ LAYERS: dict[str, str] = {
     " lowbit.quantisable lowbit.forms"
     " footprint memory placement fits walk plan fsdp",
     "state": "current levels standin lent flags bucket scale border boundary ranks schedule audit diagnose state",
-    "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas scope"
-    " island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced mismatch"
-    " region forward",
+    "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas"
+    " census scope island again native operands lowbit.float8 lowbit.products lowbit.fourbits lowbit.eightbits traced"
+    " mismatch region forward",
     "step": "patch lowbit.codes lowbit.loading lowbit.optimizer closure fused hold resume verdict step",
     "weights": "lowbit.words lowbit.keep lowbit.states lowbit.managers lowbit.convert lowbit.rounding lowbit.attach"
     " lowbit.checkpoint lowbit.quantised",

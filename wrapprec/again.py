@@ -166,6 +166,8 @@ _OURS: dict[str, Any] = {
     "_checkpoint_without_reentrant_generator": _generator,
 }
 
+_names: dict[str, Any] = vars(checkpoints)
+
 _before: dict[str, Any] = {name: getattr(checkpoints, name) for name in _OURS}
 """What stood there before. It stays here when it is put back: another thread may be on its way."""
 
@@ -182,10 +184,10 @@ def enter(scope: Scope) -> None:
     with _changing:
         if not _inside:
             for name, ours in _OURS.items():
-                now = getattr(checkpoints, name)
+                now = _names[name]
                 if now is not ours:
                     _before[name] = now
-                    setattr(checkpoints, name, ours)
+                    _names[name] = ours
         _inside.add(get_ident())
 
 
@@ -198,5 +200,5 @@ def leave(scope: Scope) -> None:
         if not _inside:
             for name, ours in _OURS.items():
                 # Unless somebody else has replaced ours since.
-                if getattr(checkpoints, name) is ours:
-                    setattr(checkpoints, name, _before[name])
+                if _names[name] is ours:
+                    _names[name] = _before[name]

@@ -137,7 +137,7 @@ def check_weights(copies: Iterable[tuple[Forward, str, Tensor, int]]) -> None:
         ModelChangedError: forward wrote into one.
     """
     for forward, key, weight, version in copies:
-        if version_of(weight) != version:
+        if version != (0 if weight.is_inference() else weight._version):
             raise ModelChangedError(
                 message(
                     "a forward that does not change its weights",
@@ -156,6 +156,8 @@ def version_of(tensor: Tensor) -> int:
 
 def warn_of_autocast(forward: Forward) -> None:
     """Say once that the plan wins over the user's own autocast around the model."""
+    if not torch._C._is_any_autocast_enabled():
+        return
     shared = forward.shared
     device_type = shared.device.type
     if "autocast" in shared.warned or not torch.is_autocast_enabled(device_type):

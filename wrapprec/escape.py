@@ -71,6 +71,8 @@ def map_outputs(fn: Callable[[Tensor], Tensor], out: Any) -> Any:
         fn: called once for each tensor.
         out: any tree.
     """
+    if isinstance(out, Tensor):
+        return fn(out)
     tensors = tensors_in(out)
     bases = {id(t) for t in tensors}
     if all(t._base is None or id(t._base) not in bases for t in tensors):
@@ -111,9 +113,10 @@ def mend_attributes(
     """
     own = module.__dict__
     holders = []
-    for key in own.keys() - _NOT_SEARCHED - own.get(FORMER, {}).keys():
+    former = own.get(FORMER, ())
+    for key in [key for key in own if key not in _NOT_SEARCHED]:
         value = own[key]
-        if type(value) in _SKIPPED or isinstance(value, _ATOMS):
+        if type(value) in _SKIPPED or key in former or isinstance(value, _ATOMS):
             continue
         if isinstance(value, Tensor):
             if levels.requires_grad(value):
@@ -130,7 +133,7 @@ def mend_attributes(
             if watch.met:
                 holders.append(key)
     buffers = own["_buffers"]
-    for key, value in buffers.items():
+    for key, value in buffers.items() if buffers else ():
         if value is not None and levels.requires_grad(value):
             buffers[key] = fn(value)
     return holders

@@ -11,14 +11,15 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import compiler, is_grad_enabled, nn
 
 from wrapprec import again, levels, traced
 from wrapprec.capture import Recorded, has_no_backward, is_symbolic
+from wrapprec.census import Census
 from wrapprec.checks import check_backwards, check_stored, sharded_since, warn_of_autocast, warn_of_hooks
 from wrapprec.copies import called_on
 from wrapprec.current import thread
-from wrapprec.errors import ModelChangedError, WrapprecError, module_label
+from wrapprec.errors import ModelChangedError, module_label
 from wrapprec.mismatch import mismatch
 from wrapprec.operands import apart
 from wrapprec.recompute import recomputed, remember_frame
@@ -29,6 +30,11 @@ from wrapprec.sharded import MARK, Managed
 from wrapprec.standin import StandIn, forward_of
 from wrapprec.state import Shared
 from wrapprec.writes import Casts, Containers
+
+
+def _takes_a_mix() -> bool:
+    """Neither torch.func nor forward-mode AD nor a tracer is on, which have no rules for operations on mixed dtypes."""
+    return not levels.any_running() and torch._C._get_tracing_state() is None
 
 
 class Forward(Recorded, StandIn):
@@ -76,10 +82,8 @@ class Forward(Recorded, StandIn):
         self.replaced = replaced
         self.buckets: dict[str, Any] = {}
         self.computed: dict[str, str] = {}
-        self._tree: list[tuple[Forward, dict[str, Any], tuple[Any, ...]]] = []
-        self._forwards: list[Forward] = []
-        # No module of the subtree has come since wrap.
-        self._complete = True
+        self._forwards: list[Forward] | None = None
+        self._census: Census | None = None
 
     @property
     def original(self) -> Any:
@@ -91,19 +95,42 @@ class Forward(Recorded, StandIn):
     __wrapped__ = original  # for inspect.signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # What `torch.compiler.is_compiling` says, without its two calls.
+        if compiler.is_dynamo_compiling() or compiler._is_compiling_flag:
             return traced.call(self, args, kwargs)
         scope = thread.scope
-        if scope is not None and scope.shared is self.shared:
-            if id(self) not in scope.done:
-                scope.lend([self])
-            if scope.grad and not torch.is_grad_enabled():
-                scope.suspended = True
-            if scope.watched:
-                scope.look_at_watched()
-            out = apart(self, scope, args, kwargs) if scope.mending else self._enter(scope, args, kwargs)
-            return scope.watch(out) if self.module._forward_hooks and scope.border is not None else out
-        return self._open(args, kwargs)
+        if scope is None or scope.shared is not self.shared:
+            return self._open(args, kwargs)
+        if scope.grad and not is_grad_enabled():
+            scope.suspended = True
+        module = self.module
+        if (
+            self in scope.simple
+            and scope.mending is None
+            and (scope.border is None or not (scope.watched or module._forward_hooks))
+        ):
+            region = self.region
+            if (
+                _takes_a_mix()
+                if region is None
+                else region is scope.region and not (region.by_module and module._parameters)
+            ):
+                # Most calls: nothing is to be done. What follows does the same for them, in more steps.
+                try:
+                    if kwargs:
+                        return type(module).forward(module, *args, **kwargs)
+                    return type(module).forward(module, *args)
+                except (RuntimeError, ValueError) as error:
+                    better = mismatch(self, error)
+                    if better is None:
+                        raise
+                    raise better from error
+        if self not in scope.done:
+            scope.lend([self])
+        if scope.watched:
+            scope.look_at_watched()
+        out = apart(self, scope, args, kwargs) if scope.mending else self._enter(scope, args, kwargs)
+        return scope.watch(out) if module._forward_hooks and scope.border is not None else out
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         called = called_on(self, depth=2)
@@ -112,7 +139,7 @@ class Forward(Recorded, StandIn):
             return self.move_to(called)(*args, **kwargs)
         if is_symbolic():
             return self._call(args, kwargs)
-        if self.shared.scaler is not None and torch.is_grad_enabled() and has_no_backward(self):
+        if self.shared.scaler is not None and is_grad_enabled() and has_no_backward(self):
             with torch.no_grad():
                 return self._open(args, kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
@@ -149,10 +176,11 @@ class Forward(Recorded, StandIn):
         around = scope.region
         region = self.region
         if region is None:
-            region = self.wide if levels.any_running() or torch._C._get_tracing_state() is not None else around
+            region = around if _takes_a_mix() else self.wide
         crosses = region is not around
         casts = None
-        if region is not None and region.casts and (crosses or (region.by_module and self._owns())):
+        owns = region is not None and region.casts and (crosses or (region.by_module and self._owns()))
+        if region is not None and owns and region.is_cast(args, kwargs):
             casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
         if not crosses or region is None:
@@ -160,7 +188,7 @@ class Forward(Recorded, StandIn):
         else:
             scope.region = region
             try:
-                with region.context():
+                with region.context(reuse=True):
                     out = self._call(args, kwargs)
             finally:
                 scope.region = around
@@ -182,27 +210,34 @@ class Forward(Recorded, StandIn):
             if self.replaced is None:
                 return type(self.module).forward(self.module, *args, **kwargs)
             return self.replaced(*args, **kwargs)
-        except WrapprecError:
-            raise
         except (RuntimeError, ValueError) as error:
             better = mismatch(self, error)
             if better is None:
                 raise
             raise better from error
 
+    def is_simple(self) -> bool:
+        """Nothing stands between this and the forward of the module's class."""
+        return self.runner is None and self.replaced is None and self.replica is None
+
     def tree(self) -> list[Forward]:
         """The Forwards of this module's subtree that belong to this wrapped model, in registration order."""
-        if not self._tree:
+        found = self._forwards
+        if found is None:
             found = []
             for module in self.module.modules():
                 own = forward_of(module)
                 if isinstance(own, Forward) and own.shared is self.shared:
                     found.append(own if own.module is module else own.move_to(module))
             self._forwards = found
-            self._complete = all(isinstance(forward_of(module), Forward) for module in self.module.modules())
-            # Last: it tells other threads that the rest is there.
-            self._tree = [(f, f.module._modules, tuple(f.module._modules.values())) for f in found]
-        return self._forwards
+        return found
+
+    def census(self) -> Census:
+        """The modules of `tree` as they were when last looked at; not for dynamo, which makes no sets of them."""
+        census = self._census
+        if census is None:
+            census = self._census = Census(self.tree())
+        return census
 
     def move_to(self, module: nn.Module) -> Forward:
         """Give a shallow copy of this module a Forward of its own."""
@@ -213,35 +248,29 @@ class Forward(Recorded, StandIn):
 
     def forget_tree(self) -> None:
         """The subtree has changed."""
-        self._tree = []
+        self._forwards = self._census = None
 
     def _check(self, in_backward: bool) -> None:
         """Take up, or refuse, what changed in the model since the last forward."""
         shared = self.shared
         if shared.root is None and self.name == "":
             shared.root = weakref.ref(self.module)
-        self.tree()
-        mixed = shared.mixed
-        device, stale = None, not self._complete
-        for forward, modules, children in self._tree:
-            if (MARK in forward.module.__dict__) is (forward.managed is None):
-                raise ModelChangedError(sharded_since(forward))
-            if len(modules) != len(children) or tuple(modules.values()) != children:
-                stale = True
-            for key, param in forward.module._parameters.items():
-                if param is None:
-                    continue
-                if device is None and not param.is_meta:
-                    device = param.device
-                if mixed and param.dtype is not forward.stored_dtype and key not in (forward.managed or ()):
-                    check_stored(forward, key, param)
-        if stale or device not in (None, shared.device):
+        census = self.census()
+        if census.is_sharded_otherwise():
+            changed = next(f for f in census.forwards if (MARK in f.module.__dict__) is (f.managed is None))
+            raise ModelChangedError(sharded_since(changed))
+        if not census.all_stored() and shared.mixed:
+            for forward in census.forwards:
+                for key, param in forward.module._parameters.items():
+                    if param is not None and key not in (forward.managed or ()):
+                        check_stored(forward, key, param)
+        if census.is_stale() or census.device() not in (None, shared.device):
             shared.refresh(self)
         for owner in shared.owners:
             owner.owned()  # Buckets are made anew for parameters that `add_param_group` brought since.
-        if shared.scaler is not None and not in_backward and torch.is_grad_enabled():
+        if shared.scaler is not None and not in_backward and is_grad_enabled():
             warn_of_hooks(self)
             check_backwards(shared, shared.scaler)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tree": [], "_forwards": [], "buckets": {}}
+        return {**self.__dict__, "_forwards": None, "_census": None, "buckets": {}}

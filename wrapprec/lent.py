@@ -101,6 +101,9 @@ class Brought:
             self.check(lent)
 
 
+_LENT = (Later, Tensor)
+
+
 class Lent(dict[str, Any]):
     """A module's parameters by name: the originals, and per thread the weights lent in their place.
 
@@ -114,8 +117,10 @@ class Lent(dict[str, Any]):
         self.original: dict[str, Any] = original
         self.overlays: dict[int, list[Weights]] = {}
         # An RNN keeps a list of its weights, and rebuilds it when it finds others in their place.
-        self.flat = {name: module.__dict__[name] for name in _RNN_ATTRIBUTES if name in module.__dict__}
-        self.flat_names: list[str] = module.__dict__.get("_flat_weights_names", [])
+        own = module.__dict__
+        recurrent = "_flat_weights_names" in own
+        self.flat = {name: own[name] for name in _RNN_ATTRIBUTES if name in own} if recurrent else {}
+        self.flat_names: list[str] = own["_flat_weights_names"] if recurrent else []
 
     def base(self) -> dict[str, Any]:
         """The originals."""
@@ -203,7 +208,8 @@ class Lent(dict[str, Any]):
     def settle(self, overlay: Weights) -> None:
         """Keep a Parameter that forward assigned over a lent weight and did not take away again."""
         for name, value in overlay.items():
-            if isinstance(value, nn.Parameter):
+            # Asking a Parameter's class is slow: nearly all are what was lent.
+            if type(value) not in _LENT and isinstance(value, nn.Parameter):
                 dict.__setitem__(self, name, value)
                 self.original[name] = value
 
@@ -258,15 +264,17 @@ def take_back(module: nn.Module, weights: Weights) -> None:
         params = module.__dict__["_parameters"]
         if not isinstance(params, Lent):
             return
-        stack = params.overlays.get(get_ident(), [])
+        here = get_ident()
+        stack = params.overlays.get(here, [])
         kept = [lent for lent in stack if lent is not weights]
         if len(kept) < len(stack):
             params.settle(weights)
             if kept:
-                params.overlays[get_ident()] = kept
+                params.overlays[here] = kept
                 return
-            del params.overlays[get_ident()]
+            del params.overlays[here]
         # Also where an earlier call was interrupted just here.
         if not params.overlays:
-            module.__dict__.update(params.flat)
+            if params.flat:
+                module.__dict__.update(params.flat)
             module.__dict__["_parameters"] = params.original

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from wrapprec.dtypes import name
-from wrapprec.errors import DtypeMismatchError, message, module_label
+from wrapprec.errors import DtypeMismatchError, WrapprecError, message, module_label
 
 if TYPE_CHECKING:
     from wrapprec.forward import Forward
@@ -38,7 +38,7 @@ def mismatch(forward: Forward, error: Exception) -> DtypeMismatchError | None:
         precision in this model, so that it would have been raised unwrapped too.
     """
     text = str(error)
-    expected = _expected(text)
+    expected = None if isinstance(error, WrapprecError) else _expected(text)
     if not forward.shared.mixed or expected is None:
         return None
     if _ABOUT_INDICES.search(text) and not _LOW.search(text):

@@ -6,12 +6,42 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wrapprec.cast import cast_tree, lower
 from wrapprec.modes import cache_is_sound
 from wrapprec.policy import Precision
 
 _NOTHING = contextlib.nullcontext()
+
+_NUMBERS = (bool, int, float)
+
+
+class _Reused:
+    """A context of autocast that was on before: to make one takes as long as to enter it.
+
+    Args:
+        region: whose dtype and device it has.
+        cache: whether casts of weights are kept; None where autocast is switched off.
+    """
+
+    __slots__ = ("cache", "inner", "region")
+
+    def __init__(self, region: Region, cache: bool | None) -> None:
+        self.region = region
+        self.cache = cache
+
+    def __enter__(self) -> None:
+        # Not in the list while it is on: it holds what was on before, and regions nest, on several threads too.
+        try:
+            self.inner = self.region.idle[self.cache].pop()
+        except IndexError:
+            self.inner = self.region.autocast(self.cache)
+        self.inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.inner.__exit__(*raised)
+        self.region.idle[self.cache].append(self.inner)
 
 
 class Region:
@@ -36,17 +66,41 @@ class Region:
         self.casts = precision.casts_inputs if self.low is not None else upcasts
         self.high = precision.activation_dtype if self.low is None else torch.float32
         self.by_module = (precision.casting == "module" or self.high is torch.float64) and self.casts
+        # Contexts that are not on.
+        self.idle: dict[bool | None, list[torch.autocast]] = {True: [], False: [], None: []}
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast as this region wants it; nothing where it is so already."""
+    def context(self, reuse: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as this region wants it; nothing where it is so already.
+
+        Args:
+            reuse: take one that was on before; dynamo, which makes no calls, is to see one that is made.
+        """
+        cache = None
         if self.autocasts:
             # Inside the user's autocast the cache outlives the forward, and the optimizer's step would go unseen.
             outer = torch.is_autocast_enabled(self.device_type)
             cache = self.caches and not outer and torch.is_autocast_cache_enabled()
-            return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
-        if torch.is_autocast_enabled(self.device_type):
+        elif not torch.is_autocast_enabled(self.device_type):
+            return _NOTHING
+        return _Reused(self, cache) if reuse else self.autocast(cache)
+
+    def autocast(self, cache: bool | None) -> torch.autocast:
+        """A new context: on, with its cache or without, or off."""
+        if cache is None:
             return torch.autocast(self.device_type, enabled=False)
-        return _NOTHING
+        return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
+
+    def is_cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether there may be something to cast: most modules are given tensors that have the dtype already."""
+        wanted = self.low or self.high
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if type(value) is Tensor:
+                dtype = value.dtype
+                if dtype is not wanted and dtype in self.among:
+                    return True
+            elif value is not None and type(value) not in _NUMBERS:
+                return True
+        return False
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
         """Cast what comes in: to the compute dtype, or up to float32."""
@@ -60,3 +114,6 @@ class Region:
             return cast_tree(out, around.low or around.high, among=self.among)
         low = around.low if self.restores and around.by_module else None
         return out if low is None else cast_tree(out, low)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "idle": {True: [], False: [], None: []}}

@@ -112,7 +112,7 @@ def replicated(origin: Forward, replica: nn.Module, given: Any) -> Iterator[tupl
         for copy, forward in before:
             mine = copy.__dict__.pop("forward", forward)
             if mine is not forward:
-                mine.__dict__.update(_tree=[], _forwards=[])
+                mine.forget_tree()
             if forward is not None:
                 copy.__dict__["forward"] = forward
 

@@ -18,14 +18,15 @@ from wrapprec.border import Border
 from wrapprec.boundary import Enter, Inward, Lend, Recompute
 from wrapprec.carried import Carried, any_widened, note_widened
 from wrapprec.cast import map_tensors, tensors_in
+from wrapprec.census import left_to_lend
 from wrapprec.checks import check_inputs, check_weights, version_of
-from wrapprec.computed import Computed, computed_by_hooks
+from wrapprec.computed import Computed
 from wrapprec.current import thread
 from wrapprec.dtypes import MIXABLE
 from wrapprec.escape import map_outputs, mend_attributes, mend_given, mend_opaque, once
 from wrapprec.gathered import bring
 from wrapprec.lent import Awaited, Later, Weights, freeze, joining, lend, originals, take_back
-from wrapprec.modes import Modes, graphs_lend
+from wrapprec.modes import Modes
 from wrapprec.outward import cross_out
 from wrapprec.ranks import at_end_of_backward, take_reduced
 from wrapprec.recompute import Extent, remember
@@ -62,7 +63,9 @@ class Scope:
         # The region in force; None until the first is entered.
         self.region: Any = None
         self.mending: Any = None  # the mode that mends operations of the module that is running
-        self.done: set[int] = set()
+        # Whose weights are lent, and those of them of which a call in the same region needs nothing else.
+        self.done: set[Forward] = set()
+        self.simple: frozenset[Forward] = frozenset()
         self.loans: list[Loan] = []
         self.memo: dict[tuple[int, torch.dtype | None], Tensor] = {}
         # Weights lent as copies, and their versions: forward must not write into them.
@@ -74,7 +77,7 @@ class Scope:
         self.grad = torch.is_grad_enabled()
         self.modes = Modes()
         # Tensors may be wrappers with a graph for each level, and forward has tangents to compute.
-        self.functional = levels.any_running()
+        self.functional = self.modes.transforms > 0 or levels.differentiates_forward()
         self.suspended = False  # part of it ran under no_grad: a reentrant checkpoint may recompute it
         # What forward hooks were given, and may make leaves of.
         self.watched: list[Tensor] = []
@@ -104,32 +107,24 @@ class Scope:
         """Lend the weights of `tree` in their compute dtype, through the scale border; what is lent already stays."""
         frozen = self.shared.lendable()
         groups: dict[int, list[Entry]] = {}
-        compiled: set[int] = set()
         replicas: list[Loan] = []
-        by_graph = self.border is None or graphs_lend
-        for forward in tree:
-            if id(forward) in self.done or id(forward) in compiled:
-                continue
-            if by_graph and (forward.compiled or forward.module._compiled_call_impl is not None):
-                # Its graph lends them; where it runs eagerly after all, they are lent when it is called.
-                compiled.update(map(id, forward.tree()))
-                if len(tree) > 1:
-                    continue
-            self.done.add(id(forward))
-            made_of = forward.computed = computed_by_hooks(forward.module) if forward.module._forward_pre_hooks else {}
+        for forward in left_to_lend(self, tree, frozen is not None):
+            made_of = forward.computed
             weights: Weights = {}
             replica = forward.replica
             for key, param in (originals(forward.module) if replica is None else replica.params).items():
-                if param is None or is_lazy(param):
-                    # A lazy one gets its shape when its module is called, just before its forward.
-                    if param is not None:
-                        self.done.discard(id(forward))
+                if param is None:
+                    continue
+                if type(param) is not nn.Parameter and is_lazy(param):
+                    # It gets its shape when its module is called, just before its forward.
+                    self.done.discard(forward)
                     continue
                 if forward.managed and key in forward.managed:
                     weights |= bring(self, forward, key, forward.managed[key], key not in made_of)
                     continue
                 low = forward.lend_dtype if frozen is None else forward.freeze_dtype
-                dtype = low if param.dtype in MIXABLE and param.dtype != low and key not in made_of else None
+                now = param.dtype
+                dtype = low if now is not low and now in MIXABLE and key not in made_of else None
                 border = self.border is not None and self._differentiates(param)
                 if dtype is None and not border:
                     continue
@@ -226,7 +221,7 @@ class Scope:
         border = self.border
         scaler = self.shared.scaler
         dtype = forward.output_dtype
-        if dtype is not None:
+        if dtype is not None and not (isinstance(out, Tensor) and out.dtype is dtype):
             out = map_outputs(lambda tensor: tensor.to(dtype) if tensor.dtype in MIXABLE else tensor, out)
         carried = self.carried
         if border is None or scaler is None or carried is None:
@@ -270,9 +265,12 @@ class Scope:
         return out if border is None else map_tensors(once(lambda t: Recompute.apply(t, border)), out)
 
     def _finish(self) -> None:
-        check_weights(self.copies)
-        self.look_at_watched()
-        self.computed.put_back()
+        if self.copies:
+            check_weights(self.copies)
+        if self.watched:
+            self.look_at_watched()
+        if self.computed.replaced:
+            self.computed.put_back()
 
     def look_at_watched(self) -> None:
         """Put the border on the leaves that forward hooks have made of outputs, by requires_grad_()."""

@@ -46,6 +46,7 @@ class TracedScope:
 
     # For a Forward that runs inside without being traced: all is lent, and nothing is to be noted.
     done = _Everything()
+    simple: frozenset[Any] = frozenset()
     grad = False
     border = None
     watched = ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.fast import Switches
@@ -74,8 +75,6 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
-    # A multi-tensor cast lost to a cast for each parameter in whole steps here: the caches are cold by then.
-    lending = Lending(bucket_elements=0, multi_tensor=False)
     # oneDNN's own: with AMX it multiplies in bfloat16, elsewhere it keeps float32's accuracy and is faster than MKL.
     # The setter on `torch.backends.mkldnn` itself would write the flag of every backend.
     switches = Switches(
@@ -86,6 +85,21 @@ class CpuBackend(Backend):
 
     # Torch has a kernel there too, slower than the exact products in float32.
     float8 = Float8(lambda device: False)
+
+    @property
+    def lending(self) -> Lending:  # type: ignore[override]  # others need not ask
+        """A cast for each parameter, and buckets of small weights.
+
+        A multi-tensor cast lost in whole steps: the caches are cold by then. Small weights stay in them, and there an
+        autograd Function for each module takes longer than what it computes. Several processes exchange gradients while
+        backward runs, and want each as soon as it is there.
+        """
+        several = distributed.is_available() and distributed.is_initialized()
+        return Lending(bucket_elements=0 if several else 2**14, multi_tensor=False)
+
+    def is_recording(self) -> bool:
+        """See `Recording.is_recording`: a CPU records nothing."""
+        return False
 
     def bfloat16_by(self) -> str | None:
         """Name the instructions that compute in bfloat16, if oneDNN uses them.
