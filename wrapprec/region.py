@@ -20,14 +20,24 @@ class Region:
     Args:
         precision: the placement's.
         device_type: for autocast.
+        others: types of device that other parts of the model are on: autocast is the same there.
         restores: float32 inside, and outputs given back in the dtype around it (a hand-written norm).
         upcasts: a float32 region raises what comes in.
         among: the dtypes that it casts.
     """
 
-    def __init__(self, precision: Precision, device_type: str, restores: bool, upcasts: bool, among: Any) -> None:
+    def __init__(
+        self,
+        precision: Precision,
+        device_type: str,
+        restores: bool,
+        upcasts: bool,
+        among: Any,
+        others: tuple[str, ...] = (),
+    ) -> None:
         self.precision = precision
         self.device_type = device_type
+        self.others = others
         self.restores, self.among = restores, among
         self.autocasts = precision.casting == "op"
         self.caches = cache_is_sound()
@@ -39,13 +49,21 @@ class Region:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as this region wants it; nothing where it is so already."""
+        if not self.others:
+            return self._autocast(self.device_type)
+        stack = contextlib.ExitStack()
+        for kind in (self.device_type, *self.others):
+            stack.enter_context(self._autocast(kind))
+        return stack
+
+    def _autocast(self, kind: str) -> contextlib.AbstractContextManager[Any]:
         if self.autocasts:
             # Inside the user's autocast the cache outlives the forward, and the optimizer's step would go unseen.
-            outer = torch.is_autocast_enabled(self.device_type)
+            outer = torch.is_autocast_enabled(kind)
             cache = self.caches and not outer and torch.is_autocast_cache_enabled()
-            return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
-        if torch.is_autocast_enabled(self.device_type):
-            return torch.autocast(self.device_type, enabled=False)
+            return torch.autocast(kind, dtype=self.low, cache_enabled=cache)
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
         return _NOTHING
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
