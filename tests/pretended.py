@@ -142,6 +142,8 @@ if "WRAPPREC_PRETENDED" in os.environ:
             return 0  # the one that is made of plain operations
         if name.startswith("_amp_foreach") and any(t.dtype is torch.bfloat16 for t in args[0]):
             raise NotImplementedError(f"{name} not implemented for 'BFloat16'")  # as on CUDA (torch 2.13)
+        if name == "_scaled_mm":
+            _check_float8(*args[:2])
         device = wanted or next(iter(t.device for t in there))
         plain = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         if wanted is not None:
@@ -166,6 +168,17 @@ if "WRAPPREC_PRETENDED" in os.environ:
             devices = max(({t.device for t in row} for row in zip(*lists, strict=False)), key=len, default=set())
         if len(devices) > 1:
             raise OnTwoDevices(f"{name}: {sorted(map(str, devices))}")
+
+    def _check_float8(a: Tensor, b: Tensor) -> None:
+        # What CUDA's kernel asks of its operands, and the CPU's does not.
+        if a.stride(-1) != 1 or b.stride(0) != 1:
+            raise RuntimeError(
+                "_scaled_mm: expected rows of the first and columns of the second operand to be contiguous"
+            )
+        if a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16:
+            raise RuntimeError(f"_scaled_mm: sizes {tuple(a.shape)} and {tuple(b.shape)} are no multiples of 16")
+        if torch.float8_e4m3fn not in (a.dtype, b.dtype):
+            raise RuntimeError("_scaled_mm: not two operands of e5m2")
 
     def _check_copy(name: str, args: Any, kwargs: Any, wanted: torch.device | None) -> None:
         source, target = (args[0], wanted) if name == "_to_copy" else (args[1], args[0].device)

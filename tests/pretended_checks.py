@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pretended
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wrapprec import LossScale, NonFiniteError, resolve, unwrap, wrap
 from wrapprec.backends.select import backend_for
+from wrapprec.flags import check_and_scale_, non_finite
+from wrapprec.recipe import RECIPES
 
 MIXED = ["16-mixed", "bf16-mixed", "16-module", "bf16-module"]
 FORMS: list[dict[str, Any]] = [{"fused": True}, {"foreach": True}, {"foreach": False}]
@@ -256,6 +259,12 @@ def check_bfloat16_weights() -> None:
         near(mine.grad, its.grad)
     optimizer.step()
     assert not handle.step_was_skipped
+    # Their gradients are float32's where torch can; where not, they are divided in bfloat16's own dtype.
+    grads = [torch.full((3,), 512.0, dtype=torch.bfloat16).to("cuda"), torch.full((2,), 6.0).to("cuda")]
+    flags = check_and_scale_(grads, torch.full((), 2.0**-9, device="cuda"))
+    assert [float(grad.cpu()[0]) for grad in grads] == [1.0, 6 / 512] and not any(float(flag.cpu()) for flag in flags)
+    flag = non_finite([torch.full((3,), torch.nan, dtype=torch.bfloat16).to("cuda:1")], torch.device("cuda:0"))
+    assert flag.device.index == 0 and float(flag.cpu()) == 1.0
 
 
 def check_true_policies(policy: str) -> None:
@@ -285,6 +294,20 @@ def check_fast() -> None:
     model(torch.randn(4, 8).to("cuda")).sum().backward()
     handle.unwrap()
     assert [owner.fp32_precision for owner in owners] == before
+
+
+def check_float8(recipe: str, rows: int) -> None:
+    """Kernels of a device that has them get operands that they take, and gradients are near the true ones."""
+    if find_spec("torchao") is None:
+        return
+    true, x = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 48)), torch.randn(rows, 64)
+    model = put(true)
+    wrap(model, None, "fp8-mixed", rules=[(nn.Linear, f"fp8,recipe={recipe}")])
+    model(x.to("cuda")).square().mean().backward()
+    true(x).square().mean().backward()
+    for mine, its in zip(model.parameters(), true.parameters(), strict=True):
+        # Three roundings to e4m3 or e5m2, 0.026 and 0.052 of the norm each.
+        near(mine.grad, its.grad, tolerance=0.2)
 
 
 def check_patience(form: dict[str, Any]) -> None:
@@ -370,8 +393,9 @@ _list(check_split, MIXED, FORMS, SPLITS)
 _list(check_autocast_list)
 _list(check_penalty, MIXED)
 _list(check_bfloat16_weights)
-_list(check_true_policies, ["bf16-true", "16-true"])
+_list(check_true_policies, ["bf16-true", "16-true", "16-true,rounding=stochastic"])
 _list(check_fast)
+_list(check_float8, list(RECIPES), [32, 5])
 _list(check_patience, FORMS)
 _list(check_unwrap, MIXED)
 _list(check_frozen, MIXED)

@@ -159,13 +159,26 @@ def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(1)
     blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
     kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
-    state = kind.zeros((blocks.numel(),), signed, CODE_BLOCK[4], flat.device)
+    # As `kind.zeros` does, which sends the map to the device each time.
+    numel = blocks.numel()
+    codes = torch.zeros(numel // 2, dtype=torch.uint8, device=flat.device)
+    scale = torch.zeros(numel // CODE_BLOCK[4], dtype=torch.float32, device=flat.device)
+    state = kind(codes, scale, _map_4(signed, flat.device), signed, (numel,))
     state.copy_(blocks.view(-1))
-    return state.codes, absmax
+    return codes, absmax
+
+
+@functools.cache
+def _map_4(signed: bool, device: torch.device) -> Tensor:
+    """The 16 values of a code. Made once: the host waits for what it sends to a GPU."""
+    module = torchao("optim.subclass_4bit", WISH[4])
+    values = module.get_qmap_signed() if signed else module.get_qmap_unsigned()
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device="cpu").to(device)
 
 
 def _dequantise_4(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     module = torchao("optim.subclass_4bit", WISH[4])
-    values = torch.tensor(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), device=codes.device)
+    values = _map_4(signed, codes.device)
     flat: Tensor = module.OptimState4bit(codes, absmax, values, signed, (codes.numel() * 2,)).dequantize()
     return flat

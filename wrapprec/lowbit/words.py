@@ -98,7 +98,9 @@ def round_by_chance(wide: Tensor, dtype: torch.dtype, generator: torch.Generator
         exponent = (torch.frexp(wide).exponent - 1).clamp(min=_HALF_LEAST) - _HALF_UNIT
         count = torch.ldexp(wide, -exponent)
         floor = count.floor()
-        up = torch.ldexp(noise.to(wide.device).to(torch.float32), noise.new_tensor(-24, device=wide.device))
+        up = torch.ldexp(
+            noise.to(wide.device).to(torch.float32), torch.full((), -24, dtype=torch.int32, device=wide.device)
+        )
         rounded = torch.ldexp(floor + (up < count - floor), exponent).to(dtype)
     else:
         noise.random_(0, 2**16, generator=generator)
