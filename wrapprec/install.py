@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from wrapprec import audit
 from wrapprec.backends.recording import is_graph
-from wrapprec.backends.select import backend_for
+from wrapprec.backends.select import backend_for, other_types
 from wrapprec.checks import check_dtype
 from wrapprec.defaults import copies_weights, keeps_weights, within_parametrisations
 from wrapprec.dtypes import MIXABLE, REAL, is_low, name
@@ -197,6 +197,7 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
     placements = {placement.name: placement for placement in plan.placements}
     parametrised = within_parametrisations(model)
     managed = managed_below(model)
+    others = other_types(model, shared.device)
     shared.sharded = bool(managed)
     if shared.sharded and plan.loss_scale is not None:
         check_not_compiled(model)
@@ -223,22 +224,24 @@ def _place(model: nn.Module, shared: Shared, undo: UndoStack, plan: Plan) -> Non
             # an embedding writes into its weight, which must be no copy.
             placement = dataclasses.replace(placement, precision=_FLOAT32, activations="restore")
         own.managed = managed.get(id(module), {}) if MARK in module.__dict__ else None
-        _configure(own, placement, shared, regions)
+        _configure(own, placement, shared, regions, others)
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" and isinstance(module._orig_mod.__dict__.get("forward"), Forward):
             # Found now: found while dynamo traces, it would be something new, and compiled for, at the second call.
             module._orig_mod.__dict__["forward"].tree()
 
 
-def _configure(forward: Forward, placement: Placement, shared: Shared, regions: Regions) -> None:
+def _configure(
+    forward: Forward, placement: Placement, shared: Shared, regions: Regions, others: tuple[str, ...]
+) -> None:
     precision = placement.precision
     keeps = placement.activations == "keep"
     low = None if precision.casting is None else precision.activation_dtype
     by_autocast = precision.casting == "op" and copies_weights(forward.module, precision)
     stored = precision.param_dtype
     forward.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
-    forward.wide = _region(precision, shared, "restore", regions) if keeps else None
+    forward.region = None if keeps else _region(precision, shared, placement.activations, regions, others)
+    forward.wide = _region(precision, shared, "restore", regions, others) if keeps else None
     forward.lend_dtype = low if precision.casting == "module" else None
     forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
     forward.output_dtype = None
@@ -260,14 +263,16 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.forget_tree()
 
 
-def _region(precision: Precision, shared: Shared, activations: Activations, regions: Regions) -> Region:
+def _region(
+    precision: Precision, shared: Shared, activations: Activations, regions: Regions, others: tuple[str, ...]
+) -> Region:
     precision = precision.surroundings
     key = precision, activations
     if key not in regions:
         doubles = any(p.precision.activation_dtype is torch.float64 for p in shared.plan.placements)
         upcasts = (shared.mixed or doubles) and activations != "given"
         regions[key] = Region(
-            precision, shared.device.type, activations == "restore", upcasts, REAL if doubles else MIXABLE
+            precision, shared.device.type, activations == "restore", upcasts, REAL if doubles else MIXABLE, others
         )
     return regions[key]
 

@@ -50,14 +50,24 @@ class Region:
     Args:
         precision: the placement's.
         device_type: for autocast.
+        others: types of device that other parts of the model are on: autocast is the same there.
         restores: float32 inside, and outputs given back in the dtype around it (a hand-written norm).
         upcasts: a float32 region raises what comes in.
         among: the dtypes that it casts.
     """
 
-    def __init__(self, precision: Precision, device_type: str, restores: bool, upcasts: bool, among: Any) -> None:
+    def __init__(
+        self,
+        precision: Precision,
+        device_type: str,
+        restores: bool,
+        upcasts: bool,
+        among: Any,
+        others: tuple[str, ...] = (),
+    ) -> None:
         self.precision = precision
         self.device_type = device_type
+        self.others = others
         self.restores, self.among = restores, among
         self.autocasts = precision.casting == "op"
         self.caches = cache_is_sound()
@@ -75,20 +85,28 @@ class Region:
         Args:
             reuse: take one that was on before; dynamo, which makes no calls, is to see one that is made.
         """
+        if not self.others:
+            return self._autocast(self.device_type, reuse)
+        stack = contextlib.ExitStack()
+        for kind in (self.device_type, *self.others):
+            stack.enter_context(self._autocast(kind, reuse=False))
+        return stack
+
+    def _autocast(self, kind: str, reuse: bool) -> contextlib.AbstractContextManager[Any]:
         cache = None
         if self.autocasts:
             # Inside the user's autocast the cache outlives the forward, and the optimizer's step would go unseen.
-            outer = torch.is_autocast_enabled(self.device_type)
+            outer = torch.is_autocast_enabled(kind)
             cache = self.caches and not outer and torch.is_autocast_cache_enabled()
-        elif not torch.is_autocast_enabled(self.device_type):
+        elif not torch.is_autocast_enabled(kind):
             return _NOTHING
-        return _Reused(self, cache) if reuse else self.autocast(cache)
+        return _Reused(self, cache) if reuse else self.autocast(cache, kind)
 
-    def autocast(self, cache: bool | None) -> torch.autocast:
+    def autocast(self, cache: bool | None, kind: str | None = None) -> torch.autocast:
         """A new context: on, with its cache or without, or off."""
         if cache is None:
-            return torch.autocast(self.device_type, enabled=False)
-        return torch.autocast(self.device_type, dtype=self.low, cache_enabled=cache)
+            return torch.autocast(kind or self.device_type, enabled=False)
+        return torch.autocast(kind or self.device_type, dtype=self.low, cache_enabled=cache)
 
     def is_cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether there may be something to cast: most modules are given tensors that have the dtype already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from wrapprec.precision import Precision
 # x86 never reports a bare `bf16`; Arm does.
 _BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "avx512_bf16", "bf16": "Arm bf16", "arm_bf16": "Arm bf16"}
 _FLOAT16 = {"amx_fp16": "AMX-FP16", "avx512_fp16": "avx512_fp16", "asimdhp": "Arm fp16"}
+
+_NEITHER = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_WITHOUT = {"bf16": _NEITHER, "fp16": _NEITHER | {"AVX512_CORE_BF16", "AVX512_CORE_AMX"}}
+"""What oneDNN may be held to (ONEDNN_MAX_CPU_ISA), and then does not compute in these."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,6 +68,10 @@ def onednn_computes_in(kind: str) -> bool:
     """
     onednn: Any = torch.backends.mkldnn
     if not (onednn.is_available() and onednn.enabled):
+        return False
+    # Torch asks oneDNN for AVX512 only, which computes in float32 and rounds.
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if held in _WITHOUT[kind]:
         return False
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", bool)())
 
@@ -143,14 +152,13 @@ class CpuBackend(Backend):
         low = precision.activation_dtype
         if low == torch.float16 and not self.float16_by() and self.bfloat16_by():
             return (
-                "float16 on a CPU without float16 instructions is 16 to 18 times slower than bfloat16; "
+                "float16 on a CPU without float16 instructions takes tens of times as long as bfloat16; "
                 "bf16-mixed is the better choice"
             )
         has = {torch.float16: self.float16_by(), torch.bfloat16: self.bfloat16_by()}
         if precision.compute_dtype not in has or has[low]:
             return super().advise(precision, device)
-        # Seen with oneDNN held to AVX2 and AVX512 (ONEDNN_MAX_CPU_ISA): in bfloat16 linear layers took 1.1 to 3.9 times
-        # as long as in float32, convolutions 2.7 to 50 times; in float16 3.6 to 8.7 times, and 18 to 85 times.
+        # How much slower, docs/benchmarks/emulated.py prints; it differs widely from one operation to the next.
         return (
             f"{name(low)} on a CPU without {name(low)} instructions is emulated, and slower than float32;"
             " 32-true is the better choice"

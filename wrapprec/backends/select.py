@@ -120,3 +120,19 @@ def device_of(model: nn.Module) -> torch.device:
             remedy="materialise it first (model.to_empty, then load its weights); to plan only, pass device=",
         )
     )
+
+
+def other_types(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """The types of device, besides one, that parameters of a model are on: it may be spread over several.
+
+    Args:
+        model: any module.
+        device: that of the plan.
+
+    Returns:
+        Their names, sorted; almost always none.
+
+    >>> other_types(nn.Linear(2, 2), torch.device("cuda", 0))
+    ('cpu',)
+    """
+    return tuple(sorted({param.device.type for param in model.parameters()} - {device.type, "meta"}))

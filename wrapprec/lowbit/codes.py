@@ -165,10 +165,13 @@ def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
+@functools.cache
 def _values_4(signed: bool, device: torch.device) -> Tensor:
-    """The 16 values of a code, ascending."""
+    """The 16 values of a code, ascending. Made once: the host waits for what it sends to a GPU."""
     module = torchao("optim.subclass_4bit", WISH[4])
-    return torch.tensor(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), device=device)
+    values = module.get_qmap_signed() if signed else module.get_qmap_unsigned()
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device="cpu").to(device)
 
 
 def _dequantise_4(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

@@ -115,7 +115,8 @@ def round_by_chance(wide: Tensor, dtype: torch.dtype, generator: Any) -> Tensor:
     exponent = (torch.frexp(wide).exponent - 1).clamp(min=_HALF_LEAST) - _HALF_UNIT
     count = torch.ldexp(wide, -exponent)
     floor = count.floor()
-    chance = torch.ldexp(draw(generator, wide, 24).to(torch.float32), exponent.new_tensor(-24))
+    unit = torch.full((), -24, dtype=torch.int32, device=wide.device)  # made there: a copy from the host waits
+    chance = torch.ldexp(draw(generator, wide, 24).to(torch.float32), unit)
     rounded = torch.ldexp(floor + (chance < count - floor), exponent).to(dtype)
     most = torch.finfo(dtype).max
     rounded = torch.where(rounded.isinf(), wide.clamp(-most, most).to(dtype), rounded)
