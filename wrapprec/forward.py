@@ -152,7 +152,10 @@ class Forward(Recorded, StandIn):
             region = self.wide if levels.any_running() or torch._C._get_tracing_state() is not None else around
         crosses = region is not around
         casts = None
-        if region is not None and region.casts and (crosses or (region.by_module and self._owns())):
+        if region is not None and (
+            (region.casts and (crosses or (region.by_module and self._owns())))
+            or (region.narrows and region.meets(around))
+        ):
             casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
         if not crosses or region is None:
@@ -214,6 +217,10 @@ class Forward(Recorded, StandIn):
     def forget_tree(self) -> None:
         """The subtree has changed."""
         self._tree = []
+
+    def take_up(self) -> None:
+        """Take up, or refuse, now what changed in the model since its last forward."""
+        self._check(in_backward=True)
 
     def _check(self, in_backward: bool) -> None:
         """Take up, or refuse, what changed in the model since the last forward."""

@@ -17,7 +17,7 @@ from wrapprec import audit
 from wrapprec.backends.recording import is_graph
 from wrapprec.backends.select import backend_for
 from wrapprec.checks import check_dtype
-from wrapprec.defaults import copies_weights, keeps_weights, within_parametrisations
+from wrapprec.defaults import copies_weights, has_wide_statistics, keeps_weights, within_parametrisations
 from wrapprec.dtypes import MIXABLE, REAL, is_low, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
@@ -239,8 +239,9 @@ def _configure(forward: Forward, placement: Placement, shared: Shared, regions: 
     forward.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions)
     forward.wide = _region(precision, shared, "restore", regions) if keeps else None
-    forward.lend_dtype = low if precision.casting == "module" else None
-    forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
+    lends = precision.casting == "module" and not has_wide_statistics(forward.module)
+    forward.lend_dtype = low if lends else None
+    forward.freeze_dtype = low if lends or by_autocast else None
     forward.output_dtype = None
     if shared.mixed:
         around = shared.backend.native(shared.plan.policy.precision) if keeps else precision

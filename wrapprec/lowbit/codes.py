@@ -33,20 +33,21 @@ def is_low(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == _KEYS
 
 
-def quantise(tensor: Tensor, bits: int, signed: bool) -> Low:
-    """Quantise, each value to the nearest code of its block.
+def quantise(tensor: Tensor, bits: int, signed: bool, salt: Tensor | None = None) -> Low:
+    """Quantise, each value to the nearest code of its block, or with 4 bits by chance to one of the two around it.
 
     Args:
         tensor: floating, of any shape.
         bits: 8 (bitsandbytes' dynamic map, blocks of 256) or 4 (torchao's maps, blocks of 128).
         signed: False for what is never negative, such as second moments; no such value becomes zero.
+        salt: the number of the step, of which chance depends, beside the values.
 
     Returns:
-        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block), ``bits``, ``signed``
-        and the ``dtype`` of the tensor.
+        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block; with 4 bits the sign
+        is that of the largest), ``bits``, ``signed`` and the ``dtype`` of the tensor.
     """
     flat = tensor.detach().to(torch.float32).reshape(-1)
-    codes, absmax = (_quantise_8 if bits == 8 else _quantise_4)(flat, signed)
+    codes, absmax = _quantise_8(flat, signed) if bits == 8 else _quantise_4(flat, signed, salt)
     return {"codes": codes, "absmax": absmax, "bits": bits, "signed": signed, "dtype": tensor.dtype}
 
 
@@ -153,19 +154,65 @@ def _loses_small_values(device: torch.device) -> bool:
 # 4 bits
 
 
-def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
-    # torchao takes 1e-12 for the least scale, which is a large second moment.
-    absmax = blocks.abs().amax(1)
-    blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
-    state = kind.zeros((blocks.numel(),), signed, CODE_BLOCK[4], flat.device)
-    state.copy_(blocks.view(-1))
-    return state.codes, absmax
+def _levels(signed: bool, device: torch.device) -> Tensor:
+    """The 16 values of a code, ascending: torchao's maps.
 
-
-def _dequantise_4(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    Its map of what is never negative is linear: the least is a sixteenth of the largest, and in its place the root of
+    a smaller second moment, by which Adam divides, is many times too large. Here its third powers are taken.
+    """
     module = torchao("optim.subclass_4bit", WISH[4])
-    values = torch.tensor(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), device=codes.device)
-    flat: Tensor = module.OptimState4bit(codes, absmax, values, signed, (codes.numel() * 2,)).dequantize()
+    if signed:
+        return torch.tensor(module.get_qmap_signed(), device=device)
+    return torch.tensor(module.get_qmap_unsigned(), device=device) ** 3
+
+
+def _quantise_4(flat: Tensor, signed: bool, salt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round by chance to one of the two levels around each number, so that the expectation is the number itself.
+
+    To nearest, an average of gradients would stay where it is: what a step adds is less than half of a level.
+    """
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
+    # The largest number of a block with its sign is one, which is a level; minus one is none.
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
+    levels = _levels(signed, flat.device)
+    ratio = (blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)).view(-1)
+    upper = torch.bucketize(ratio, levels).clamp_(1, 15)
+    low, high = levels[upper - 1], levels[upper]
+    share = (ratio - low) / (high - low)
+    codes = (upper - (chance(ratio, salt) >= share).to(upper.dtype)).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2], largest
+
+
+def _dequantise_4(codes: Tensor, largest: Tensor, signed: bool) -> Tensor:
+    kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
+    values = _levels(signed, codes.device)
+    flat: Tensor = kind(codes, largest, values, signed, (codes.numel() * 2,)).dequantize()
     return flat
+
+
+_WORD = 2**32 - 1
+
+
+def chance(values: Tensor, salt: Tensor | None) -> Tensor:
+    """Random numbers that need no generator, and so none whose state would have to be saved.
+
+    They are mixed from the bits of the values, their places and the salt, by the finalizer of MurmurHash3.
+
+    Args:
+        values: float32, flat.
+        salt: a scalar on any device, such as the number of the step, which makes equal values of two steps differ.
+
+    Returns:
+        Float32 in [0, 1), in the shape of the values.
+    """
+    mixed = torch.arange(values.numel(), device=values.device) * 0x9E3779B1
+    mixed += values.contiguous().view(torch.int32)
+    if salt is not None:
+        mixed += salt.to(values.device, torch.int64) * 0x7FEB352D
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed &= _WORD
+        mixed ^= mixed >> shift
+        mixed *= factor
+    mixed &= _WORD
+    mixed ^= mixed >> 16
+    return (mixed >> 8).to(torch.float32) * 2.0**-24
