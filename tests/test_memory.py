@@ -248,7 +248,9 @@ def test_an_optimizer_is_foreseen_with_its_own_options_and_left_alone() -> None:
 
 def test_groups_and_optimizers_are_foreseen_each_with_its_settings() -> None:
     """The state of a whole model: Muon for the matrices, two groups of AdamW for the others."""
-    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 30))
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 30), Conv1D(40, 30))
     matrices = [p for p in model.parameters() if p.dim() == 2]
     small = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": small[:1], "amsgrad": True}, {"params": small[1:]}]
@@ -259,6 +261,7 @@ def test_groups_and_optimizers_are_foreseen_each_with_its_settings() -> None:
     for optimizer in optimizers:
         optimizer.step()
     assert foreseen.state == sum(bytes_of_state(optimizer) for optimizer in optimizers)
+    assert not any(key in state for state in optimizers[0].state.values() for key in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdEMAMix8bit", "AdamW", "SGD"])

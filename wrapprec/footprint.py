@@ -53,7 +53,7 @@ def state_of(
 
     @functools.cache
     def measure(shape: Shape, dtype: torch.dtype, embeds: bool) -> float:
-        home = homes.get(shape) or Counter([0])
+        home = homes.get(shape) or homes.get(shape[::-1]) or Counter([0])  # a plan has Conv1D's as a linear layer's
         each = ((number, _measure(makers[one], shape, dtype, embeds, bits)) for one, number in home.items())
         return sum(number * size for number, size in each) / home.total()
 
