@@ -92,12 +92,13 @@ def test_chance_gives_each_value_on_average_and_the_same_at_the_same_step(signed
 
 def test_chance_is_uniform_for_values_that_hardly_differ() -> None:
     for values in (torch.full((65536,), 0.3), torch.arange(65536) * 1e-7, torch.zeros(65536)):
-        drawn = chance(values, torch.tensor(7))
+        drawn = chance(values, 0, torch.tensor(7))
+        other = chance(values, 0, torch.tensor(8))
         share = torch.histc(drawn, 16, 0, 1) / 65536
         # The deviation of a share of 1/16 is 0.00095; five of them. Neighbours have nothing to do with each other.
         assert (share - 1 / 16).abs().max() < 0.005
         assert torch.corrcoef(torch.stack([drawn[1:], drawn[:-1]]))[0, 1].abs() < 0.02
-        assert torch.corrcoef(torch.stack([drawn, chance(values, torch.tensor(8))]))[0, 1].abs() < 0.02
+        assert torch.corrcoef(torch.stack([drawn, other]))[0, 1].abs() < 0.02
 
 
 @both
@@ -155,6 +156,15 @@ def test_state_comes_back_in_the_form_of_its_parameter(bits: int, dtype: torch.d
 @pytest.mark.parametrize(("bits", "per_value"), [(8, 1 + 4 / 256), (4, 0.5 + 4 / 128)])
 def test_bytes_are_those_of_the_codes_and_one_scale_a_block(bits: int, per_value: float) -> None:
     assert size(quantise(torch.ones(8192), bits, True)) == 8192 * per_value
+
+
+def test_pieces_are_rounded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_torchao()
+    tensor = spread((3000,), 3, True)
+    whole = quantise(tensor, 4, True, torch.tensor(3))
+    monkeypatch.setattr("wrapprec.lowbit.codes._PIECE", 1024)
+    pieces = quantise(tensor, 4, True, torch.tensor(3))
+    assert torch.equal(whole["codes"], pieces["codes"]) and torch.equal(whole["absmax"], pieces["absmax"])
 
 
 def test_codes_that_were_cast_to_floats_are_codes_again() -> None:

@@ -171,15 +171,21 @@ def _quantise_4(flat: Tensor, signed: bool, salt: Tensor | None) -> tuple[Tensor
 
     To nearest, an average of gradients would stay where it is: what a step adds is less than half of a level.
     """
+    levels = _levels(signed, flat.device)
+    pieces = [_round_piece(piece, levels, i * _PIECE, salt) for i, piece in enumerate(flat.split(_PIECE))]
+    codes, largest = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return codes, largest
+
+
+def _round_piece(flat: Tensor, levels: Tensor, start: int, salt: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
     # The largest number of a block with its sign is one, which is a level; minus one is none.
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
-    levels = _levels(signed, flat.device)
     ratio = (blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)).view(-1)
-    upper = torch.bucketize(ratio, levels).clamp_(1, 15)
+    upper = torch.bucketize(ratio, levels, out_int32=True).clamp_(1, 15)
     low, high = levels[upper - 1], levels[upper]
     share = (ratio - low) / (high - low)
-    codes = (upper - (chance(ratio, salt) >= share).to(upper.dtype)).to(torch.uint8)
+    codes = (upper - (chance(ratio, start, salt) >= share).to(upper.dtype)).to(torch.uint8)
     return codes[::2] << 4 | codes[1::2], largest
 
 
@@ -192,20 +198,24 @@ def _dequantise_4(codes: Tensor, largest: Tensor, signed: bool) -> Tensor:
 
 _WORD = 2**32 - 1
 
+_PIECE = 2**20
+"""How many numbers are rounded at once: on the way each of them takes some 40 bytes."""
 
-def chance(values: Tensor, salt: Tensor | None) -> Tensor:
+
+def chance(values: Tensor, start: int, salt: Tensor | None) -> Tensor:
     """Random numbers that need no generator, and so none whose state would have to be saved.
 
     They are mixed from the bits of the values, their places and the salt, by the finalizer of MurmurHash3.
 
     Args:
         values: float32, flat.
+        start: the place of the first one.
         salt: a scalar on any device, such as the number of the step, which makes equal values of two steps differ.
 
     Returns:
         Float32 in [0, 1), in the shape of the values.
     """
-    mixed = torch.arange(values.numel(), device=values.device) * 0x9E3779B1
+    mixed = torch.arange(start, start + values.numel(), device=values.device) * 0x9E3779B1
     mixed += values.contiguous().view(torch.int32)
     if salt is not None:
         mixed += salt.to(values.device, torch.int64) * 0x7FEB352D
