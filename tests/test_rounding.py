@@ -390,6 +390,23 @@ def test_resumed_run_ends_with_the_same_bits(mode: str, fused: bool) -> None:
     assert same(whole, again)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="before torch 2.10")
+@pytest.mark.parametrize("asks", [False, True])
+def test_copies_accumulate_gradients_in_float32_too(asks: bool) -> None:
+    """Torch does not copy `grad_dtype` with a parameter."""
+    model = nn.Linear(8, 4)
+    wrapprec.wrap(model, policy="bf16-true,grads=float32")
+    other = copy.deepcopy(model)
+    if asks:  # before its first forward
+        assert wrapprec.handle_of(other) is not None
+    for seed in range(3):
+        x = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+        for one in (model, other):
+            one(x).float().sum().backward()
+    assert model.weight.grad.dtype is other.weight.grad.dtype is torch.float32
+    assert torch.equal(model.weight.grad, other.weight.grad)
+
+
 @pytest.mark.parametrize("how", ["added", "replaced"])
 def test_run_is_resumed_that_had_a_layer_more_or_another_one(how: str) -> None:
     """The new layer has seen no forward yet when the state is loaded."""

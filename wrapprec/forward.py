@@ -227,6 +227,8 @@ class Forward(Recorded, StandIn):
         shared = self.shared
         if shared.root is None and self.name == "":
             shared.root = weakref.ref(self.module)
+            if shared.converted is not None:
+                shared.converted.regrade(shared.named_parameters())
         self.tree()
         mixed = shared.mixed
         device, stale = None, not self._complete

@@ -278,6 +278,8 @@ def adopt(model: nn.Module) -> UndoStack:
     undo = UndoStack()
     forward = forward_of(model)
     forward.shared.root = weakref.ref(model)
+    if forward.shared.converted is not None:
+        forward.shared.converted.regrade(forward.shared.named_parameters())
     for below in forward.tree():
         undo.remember(below.module, place_of(below.module), below, below.replaced)
         adopt_quantised(below, undo)

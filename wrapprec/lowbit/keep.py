@@ -45,6 +45,8 @@ class Kept:
         self.mode = mode
         self.rests: dict[str, Tensor] = {}
         self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+        # The dtype of gradients by name, where it is another than the weight's.
+        self.grads: dict[str, torch.dtype] = {}
         self._generators: dict[str, torch.Generator] = {}
         self._states: dict[str, Tensor] = {}
 
@@ -109,6 +111,12 @@ class Kept:
         if self.mode == state["mode"]:
             self.rests = {name: rest.clone() for name, rest in state["rests"].items()}
             self._states = {key: value.clone() for key, value in state["random"].items()}
+
+    def regrade(self, params: Iterable[tuple[str, Any]]) -> None:
+        """Have gradients of a copied, or loaded, model in their dtype again: torch does not copy it with a parameter."""
+        for name, param in params if self.grads else ():
+            if name in self.grads and param.grad is None:
+                param.grad_dtype = self.grads[name]
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators do not pickle on every device; their states do.
