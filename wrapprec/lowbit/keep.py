@@ -113,7 +113,7 @@ class Kept:
             self._states = {key: value.clone() for key, value in state["random"].items()}
 
     def regrade(self, params: Iterable[tuple[str, Any]]) -> None:
-        """Have gradients of a copied, or loaded, model in their dtype again: torch does not copy it with a parameter."""
+        """Have gradients of a copied, or loaded, model in their dtype again, which torch does not copy."""
         for name, param in params if self.grads else ():
             if name in self.grads and param.grad is None:
                 param.grad_dtype = self.grads[name]
