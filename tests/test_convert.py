@@ -183,6 +183,8 @@ def test_part_in_another_width_meets_its_surroundings(policy: str, inner: str) -
 @pytest.mark.parametrize("inner", ["bf16-mixed", "16-mixed", "fp8-mixed", "int8-training", "nf4", "int8"])
 def test_part_under_autocast_meets_float64_around_it(inner: str, how: str) -> None:
     """Autocast leaves float64 alone: its activations have to be taken over, and given back."""
+    if how == "compiled" and inner in ("nf4", "int8") and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("dynamo of torch 2.9 warns about the packed weight, which is an error in tests")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 2))
     model[1].requires_grad_(inner not in ("nf4", "int8"))
