@@ -246,6 +246,45 @@ def test_an_optimizer_is_foreseen_with_its_own_options_and_left_alone() -> None:
     assert not with_momentum.state and not amsgrad.state and with_momentum.param_groups[0]["fused"]
 
 
+def test_groups_and_optimizers_are_foreseen_each_with_its_settings() -> None:
+    """The state of a whole model: Muon for the matrices, two groups of AdamW for the others."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 30), Conv1D(40, 30))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    small = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": small[:1], "amsgrad": True}, {"params": small[1:]}]
+    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(groups)]
+    foreseen = wrapprec.resolve(model, "bf16-mixed").memory(optimizers)
+    wrapprec.wrap(model, optimizers, "bf16-mixed")
+    model(torch.randn(2, 20)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert foreseen.state == sum(bytes_of_state(optimizer) for optimizer in optimizers)
+    assert not any(key in state for state in optimizers[0].state.values() for key in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdEMAMix8bit", "AdamW", "SGD"])
+@pytest.mark.parametrize("policy", ["32-true", "bf16-true"])
+def test_the_state_of_bitsandbytes_is_foreseen(name: str, policy: str) -> None:
+    """Its tables of levels are there once, and not for each of many small layers."""
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    options = {"optim_bits": 8} if name in ("AdamW", "SGD") else {}
+    kind = getattr(bitsandbytes.optim, name)
+    optimizer = kind(model.parameters(), lr=1e-3, **options, **({"momentum": 0.9} if name == "SGD" else {}))
+    foreseen = wrapprec.resolve(model, policy).memory(optimizer)
+    wrapprec.wrap(model, optimizer, policy)
+    model(torch.randn(2, 64)).float().sum().backward()
+    optimizer.step()
+    held = bytes_of_state(optimizer)
+    assert held < 3.5 * sum(p.numel() for p in model.parameters()), "of 8 bits, three averages at most"
+    # The tables, 1 KiB each, once: two at most.
+    assert foreseen.state <= held <= foreseen.state + 2048
+
+
 def test_a_model_without_storage_is_planned_for_many_devices() -> None:
     with torch.device("meta"):
         model = llama()

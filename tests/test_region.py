@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import warnings
@@ -420,3 +421,28 @@ def test_forward_that_changes_a_lent_weight_in_place_raises_and_restores(policy:
         model(torch.randn(2, 8))
     assert '"layer" (Linear)' in str(caught.value) and 'Rule("layer", "float32")' in str(caught.value)
     assert type(model.layer.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize(("policy", "low"), [("16-module", "float16"), ("bf16-module", "bfloat16")])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d], ids=["batch", "instance"])
+def test_norm_with_statistics_computes_low_by_a_rule(norm: Any, policy: str, low: str) -> None:
+    """Statistics are buffers and stay in float32, and torch's kernels want the weights alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), norm(4, affine=True, track_running_stats=True), nn.Conv2d(4, 2, 3))
+    true = copy.deepcopy(model)
+    wrapprec.wrap(model, policy=policy, rules=[(norm, low)], loss_scale=16.0 if low == "float16" else None)
+    inside: list[torch.dtype] = []
+    model[1].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    for training in (True, False):
+        model.train(training), true.train(training)
+        x = torch.randn(4, 2, 8, 8)
+        got, want = model(x), true(x)
+        got.square().sum().backward()
+        want.square().sum().backward()
+        # Three layers and their inputs, each rounded once in bfloat16 (2**-9), twice the gradients'.
+        assert (got - want).norm() <= 0.02 * want.norm()
+    assert set(inside) == {getattr(torch, low)}
+    torch.testing.assert_close(model[1].running_mean, true[1].running_mean, rtol=0.02, atol=0.002)
+    for (name, param), reference in zip(model.named_parameters(), true.parameters(), strict=True):
+        if name != "0.bias":  # before a norm in training: zero, but for rounding
+            assert (param.grad - reference.grad).norm() <= 0.04 * reference.grad.norm()

@@ -390,6 +390,61 @@ def test_resumed_run_ends_with_the_same_bits(mode: str, fused: bool) -> None:
     assert same(whole, again)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="before torch 2.10")
+@pytest.mark.parametrize("asks", [False, True])
+def test_copies_accumulate_gradients_in_float32_too(asks: bool) -> None:
+    """Torch does not copy `grad_dtype` with a parameter."""
+    model = nn.Linear(8, 4)
+    wrapprec.wrap(model, policy="bf16-true,grads=float32")
+    other = copy.deepcopy(model)
+    if asks:  # before its first forward
+        assert wrapprec.handle_of(other) is not None
+    for seed in range(3):
+        x = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+        for one in (model, other):
+            one(x).float().sum().backward()
+    assert model.weight.grad.dtype is other.weight.grad.dtype is torch.float32
+    assert torch.equal(model.weight.grad, other.weight.grad)
+
+
+@pytest.mark.parametrize("how", ["added", "replaced"])
+def test_run_is_resumed_that_had_a_layer_more_or_another_one(how: str) -> None:
+    """The new layer has seen no forward yet when the state is loaded."""
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, wrapprec.Handle]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        handle = wrapprec.wrap(model, optimizer, "bf16-true")
+        if how == "added":
+            model.append(nn.Linear(16, 4))
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+        else:
+            model[1] = nn.Linear(16, 4)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            handle.attach(optimizer)
+        return model, optimizer, handle
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+            model(x).float().square().sum().backward()
+            optimizer.step()
+
+    whole, optimizer, handle = build()
+    go_on(whole, optimizer, range(3))
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), handle.state_dict()))
+    go_on(whole, optimizer, range(3, 6))
+    resumed, optimizer, other = build()
+    for one, state in zip((resumed, optimizer, other), saved, strict=True):
+        one.load_state_dict(state)
+    go_on(resumed, optimizer, range(3, 6))
+    handle.unwrap(), other.unwrap()
+    for param, reference in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert param.dtype is torch.float32 and torch.equal(param, reference)
+
+
 def test_state_of_other_weights_is_refused_and_changes_nothing() -> None:
     _, _, handle = trained("bf16-true")
     state = handle.state_dict()

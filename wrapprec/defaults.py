@@ -45,7 +45,18 @@ def copies_weights(module: nn.Module, precision: Precision) -> bool:
     """
     if precision.casting == "op":
         return precision.compute_dtype != "fp8" and is_cast_by_autocast(module)
-    return precision.casting == "module"
+    return precision.casting == "module" and not has_wide_statistics(module)
+
+
+def has_wide_statistics(module: nn.Module) -> bool:
+    """Whether a norm of torch has statistics in float32, as buffers are: its kernels want its weights alike.
+
+    >>> has_wide_statistics(nn.BatchNorm1d(2)), has_wide_statistics(nn.BatchNorm1d(2, track_running_stats=False))
+    (True, False)
+    """
+    if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None:
+        return False
+    return module.running_mean.dtype is torch.float32
 
 
 def keeps_weights(module: nn.Module, parametrised: set[int]) -> bool:

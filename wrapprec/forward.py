@@ -179,7 +179,10 @@ class Forward(Recorded, StandIn):
             region = around if _takes_a_mix() else self.wide
         crosses = region is not around
         casts = None
-        owns = region is not None and region.casts and (crosses or (region.by_module and self._owns()))
+        owns = region is not None and (
+            (region.casts and (crosses or (region.by_module and self._owns())))
+            or (region.narrows and region.meets(around))
+        )
         if region is not None and owns and region.is_cast(args, kwargs):
             casts = Casts(region.cast_inputs, args, kwargs)
             args, kwargs = casts.args, casts.kwargs
@@ -250,11 +253,17 @@ class Forward(Recorded, StandIn):
         """The subtree has changed."""
         self._forwards = self._census = None
 
+    def take_up(self) -> None:
+        """Take up, or refuse, now what changed in the model since its last forward."""
+        self._check(in_backward=True)
+
     def _check(self, in_backward: bool) -> None:
         """Take up, or refuse, what changed in the model since the last forward."""
         shared = self.shared
         if shared.root is None and self.name == "":
             shared.root = weakref.ref(self.module)
+            if shared.converted is not None:
+                shared.converted.regrade(shared.named_parameters())
         census = self.census()
         if census.is_sharded_otherwise():
             changed = next(f for f in census.forwards if (MARK in f.module.__dict__) is (f.managed is None))

@@ -17,7 +17,7 @@ from wrapprec import audit
 from wrapprec.backends.recording import is_graph
 from wrapprec.backends.select import backend_for, other_types
 from wrapprec.checks import check_dtype
-from wrapprec.defaults import copies_weights, keeps_weights, within_parametrisations
+from wrapprec.defaults import copies_weights, has_wide_statistics, keeps_weights, within_parametrisations
 from wrapprec.dtypes import MIXABLE, REAL, is_low, name
 from wrapprec.errors import AlreadyWrappedError, PolicyError, WrapprecWarning, message, module_label
 from wrapprec.forward import Forward
@@ -242,8 +242,9 @@ def _configure(
     forward.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     forward.region = None if keeps else _region(precision, shared, placement.activations, regions, others)
     forward.wide = _region(precision, shared, "restore", regions, others) if keeps else None
-    forward.lend_dtype = low if precision.casting == "module" else None
-    forward.freeze_dtype = low if precision.casting == "module" or by_autocast else None
+    lends = precision.casting == "module" and not has_wide_statistics(forward.module)
+    forward.lend_dtype = low if lends else None
+    forward.freeze_dtype = low if lends or by_autocast else None
     forward.output_dtype = None
     if shared.mixed:
         around = shared.backend.native(shared.plan.policy.precision) if keeps else precision
@@ -282,6 +283,8 @@ def adopt(model: nn.Module) -> UndoStack:
     undo = UndoStack()
     forward = forward_of(model)
     forward.shared.root = weakref.ref(model)
+    if forward.shared.converted is not None:
+        forward.shared.converted.regrade(forward.shared.named_parameters())
     for below in forward.tree():
         undo.remember(below.module, place_of(below.module), below, below.replaced)
         adopt_quantised(below, undo)

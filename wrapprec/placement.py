@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -140,7 +140,7 @@ class Plan:
 
     def memory(
         self,
-        optimizer: Optimizer | type[Optimizer] | str = "AdamW",
+        optimizer: Optimizer | type[Optimizer] | str | Sequence[Optimizer] = "AdamW",
         *,
         optimizer_bits: int | None = None,
         replicas: int = 1,
@@ -149,7 +149,7 @@ class Plan:
         """Predict what parameters take on each device: held, by kind, and sent in a step.
 
         Args:
-            optimizer: an optimizer, its class, or the name of one of torch's; it is not touched.
+            optimizer: an optimizer, its class, or the name of one of torch's; or several; they are not touched.
             optimizer_bits: as for `wrap`.
             replicas: how many copies of the model are trained together (DistributedDataParallel, or the outer
                 dimension of a hybrid mesh).

@@ -12,6 +12,7 @@ from wrapprec.cast import cast_tree, lower
 from wrapprec.modes import cache_is_sound
 from wrapprec.policy import Precision
 
+_DOUBLE = frozenset({torch.float64})
 _NOTHING = contextlib.nullcontext()
 
 _NUMBERS = (bool, int, float)
@@ -75,6 +76,8 @@ class Region:
         self.output_dtype: Any = precision.output_dtype
         self.casts = precision.casts_inputs if self.low is not None else upcasts
         self.high = precision.activation_dtype if self.low is None else torch.float32
+        # Autocast leaves float64 alone, so that beside float64 parts a region under it takes their activations over.
+        self.narrows = self.autocasts and not self.casts and torch.float64 in among
         self.by_module = (precision.casting == "module" or self.high is torch.float64) and self.casts
         # Contexts that are not on.
         self.idle: dict[bool | None, list[torch.autocast]] = {True: [], False: [], None: []}
@@ -122,12 +125,19 @@ class Region:
 
     def cast_inputs(self, tree: Any, on_cast: Any = None) -> Any:
         """Cast what comes in: to the compute dtype, or up to float32."""
+        if self.narrows:
+            return cast_tree(tree, self.high, on_cast, among=_DOUBLE)
         return cast_tree(tree, self.low or self.high, on_cast, lower, self.among)
+
+    def meets(self, around: Region | None) -> bool:
+        """Whether what comes from the region `around` is float64, which autocast would leave alone."""
+        return around is not None and around.high is torch.float64
 
     def give_back(self, out: Any, around: Region) -> Any:
         """Cast what goes out into the region `around`."""
         if self.low is not None:
-            return cast_tree(out, self.output_dtype)
+            out = cast_tree(out, self.output_dtype)
+            return out if around.high is not torch.float64 else cast_tree(out, around.high, among=self.among)
         if around.high is not self.high:  # float64 meets another
             return cast_tree(out, around.low or around.high, among=self.among)
         low = around.low if self.restores and around.by_module else None

@@ -250,7 +250,10 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
         exports = torch.compiler._is_exporting_flag and not torch.compiler.is_dynamo_compiling()
         region = forward.wide if exports else around
     crosses = region is not around
-    if region is not None and region.casts and (crosses or (region.by_module and forward.module._parameters)):
+    if region is not None and (
+        (region.casts and (crosses or (region.by_module and forward.module._parameters)))
+        or (region.narrows and region.meets(around))
+    ):
         args, kwargs = region.cast_inputs((args, kwargs))
     if not crosses or region is None:
         return _run(forward, args, kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wrapprec.backends.select import backend_for
 from wrapprec.dtypes import LOW, name
 from wrapprec.errors import StepError, message
 from wrapprec.lowbit.packages import bitsandbytes, torchao
@@ -33,20 +34,21 @@ def is_low(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == _KEYS
 
 
-def quantise(tensor: Tensor, bits: int, signed: bool) -> Low:
-    """Quantise, each value to the nearest code of its block.
+def quantise(tensor: Tensor, bits: int, signed: bool, salt: Tensor | None = None) -> Low:
+    """Quantise, each value to the nearest code of its block, or with 4 bits by chance to one of the two around it.
 
     Args:
         tensor: floating, of any shape.
         bits: 8 (bitsandbytes' dynamic map, blocks of 256) or 4 (torchao's maps, blocks of 128).
         signed: False for what is never negative, such as second moments; no such value becomes zero.
+        salt: the number of the step, of which chance depends, beside the values.
 
     Returns:
-        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block), ``bits``, ``signed``
-        and the ``dtype`` of the tensor.
+        ``codes`` (uint8, flat; two to a byte where bits is 4), ``absmax`` (float32, one a block; with 4 bits the sign
+        is that of the largest), ``bits``, ``signed`` and the ``dtype`` of the tensor.
     """
     flat = tensor.detach().to(torch.float32).reshape(-1)
-    codes, absmax = (_quantise_8 if bits == 8 else _quantise_4)(flat, signed)
+    codes, absmax = _quantise_8(flat, signed) if bits == 8 else _quantise_4(flat, signed, salt)
     return {"codes": codes, "absmax": absmax, "bits": bits, "signed": signed, "dtype": tensor.dtype}
 
 
@@ -153,29 +155,79 @@ def _loses_small_values(device: torch.device) -> bool:
 # 4 bits
 
 
-def _quantise_4(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
-    # torchao takes 1e-12 for the least scale, which is a large second moment.
-    absmax = blocks.abs().amax(1)
-    blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    module = torchao("optim.subclass_4bit", WISH[4])
-    # What torchao's subclass for states calls: inside of that, XLA's tensors fail. Scaled again, for blocks below tiny.
-    blocks, _ = module.scale_tensor(blocks.view(-1), CODE_BLOCK[4])
-    codes = module.quantize_4bit_with_qmap(blocks, _values_4(signed, flat.device))
-    return (codes[::2] << 4) | codes[1::2], absmax
-
-
 @functools.cache
-def _values_4(signed: bool, device: torch.device) -> Tensor:
-    """The 16 values of a code, ascending. Made once: the host waits for what it sends to a GPU."""
+def _levels(signed: bool, device: torch.device) -> Tensor:
+    """The 16 values of a code, ascending: torchao's maps. Made once: the host waits for what it sends to a GPU.
+
+    Its map of what is never negative is linear: the least is a sixteenth of the largest, and in its place the root of
+    a smaller second moment, by which Adam divides, is many times too large. Here its third powers are taken.
+    """
     module = torchao("optim.subclass_4bit", WISH[4])
-    values = module.get_qmap_signed() if signed else module.get_qmap_unsigned()
+    values = module.get_qmap_signed() if signed else [value**3 for value in module.get_qmap_unsigned()]
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device="cpu").to(device)
 
 
-def _dequantise_4(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    module = torchao("optim.subclass_4bit", WISH[4])
-    values = _values_4(signed, codes.device)
-    flat: Tensor = module.OptimState4bit(codes, absmax, values, signed, (codes.numel() * 2,)).dequantize()
+def _quantise_4(flat: Tensor, signed: bool, salt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round by chance to one of the two levels around each number, so that the expectation is the number itself.
+
+    To nearest, an average of gradients would stay where it is: what a step adds is less than half of a level.
+    """
+    levels = _levels(signed, flat.device)
+    pieces = [_round_piece(piece, levels, i * _PIECE, salt) for i, piece in enumerate(flat.split(_PIECE))]
+    codes, largest = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return codes, largest
+
+
+def _round_piece(flat: Tensor, levels: Tensor, start: int, salt: Tensor | None) -> tuple[Tensor, Tensor]:
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CODE_BLOCK[4])).view(-1, CODE_BLOCK[4])
+    # The largest number of a block with its sign is one, which is a level; minus one is none.
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
+    ratio = (blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)).view(-1)
+    # Faster than torch.bucketize on CPUs, and XLA devices have none.
+    upper = torch.ones_like(ratio, dtype=torch.int32)
+    for level in levels[1:-1]:
+        upper += ratio > level
+    low, high = levels[upper - 1], levels[upper]
+    share = (ratio - low) / (high - low)
+    codes = (upper - (chance(ratio, start, salt) >= share).to(upper.dtype)).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2], largest
+
+
+def _dequantise_4(codes: Tensor, largest: Tensor, signed: bool) -> Tensor:
+    kind = torchao("optim.subclass_4bit", WISH[4]).OptimState4bit
+    values = _levels(signed, codes.device)
+    flat: Tensor = kind(codes, largest, values, signed, (codes.numel() * 2,)).dequantize()
     return flat
+
+
+_WORD = 2**32 - 1
+
+_PIECE = 2**20
+"""How many numbers are rounded at once: on the way each of them takes some 40 bytes."""
+
+
+def chance(values: Tensor, start: int, salt: Tensor | None) -> Tensor:
+    """Random numbers that need no generator, and so none whose state would have to be saved.
+
+    They are mixed from the bits of the values, their places and the salt, by the finalizer of MurmurHash3.
+
+    Args:
+        values: float32, flat.
+        start: the place of the first one.
+        salt: a scalar on any device, such as the number of the step, which makes equal values of two steps differ.
+
+    Returns:
+        Float32 in [0, 1), in the shape of the values.
+    """
+    mixed = torch.arange(start, start + values.numel(), device=values.device) * 0x9E3779B1
+    mixed += backend_for(values.device).read_bits(values.contiguous(), torch.int32)
+    if salt is not None:
+        mixed += salt.to(values.device, torch.int64) * 0x7FEB352D
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed &= _WORD
+        mixed ^= mixed >> shift
+        mixed *= factor
+    mixed &= _WORD
+    mixed ^= mixed >> 16
+    return (mixed >> 8).to(torch.float32) * 2.0**-24

@@ -78,6 +78,7 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
         if wanted not in (None, param.dtype):
             graded.append((param, _grad_dtype(fqn, param, wanted)))
             _set_grad_dtypes([(param, wanted)])
+            kept.grads[fqn] = wanted
     if done:
         _flatten(model)
     if trained:

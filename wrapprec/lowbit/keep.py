@@ -46,6 +46,8 @@ class Kept:
         self.mode = mode
         self.rests: dict[str, Tensor] = {}
         self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+        # The dtype of gradients by name, where it is another than the weight's.
+        self.grads: dict[str, torch.dtype] = {}
         self._generators: dict[str, Any] = {}
         self._states: dict[str, Tensor] = {}
 
@@ -107,6 +109,12 @@ class Kept:
         if self.mode == state["mode"]:
             self.rests = {name: rest.clone() for name, rest in state["rests"].items()}
             self._states = {key: value.clone() for key, value in state["random"].items()}
+
+    def regrade(self, params: Iterable[tuple[str, Any]]) -> None:
+        """Have gradients of a copied, or loaded, model in their dtype again, which torch does not copy."""
+        for name, param in params if self.grads else ():
+            if name in self.grads and param.grad is None:
+                param.grad_dtype = self.grads[name]
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators do not pickle on every device; their states do.
@@ -173,6 +181,10 @@ def load_kept(models: Sequence[Shared], states: Iterable[dict[str, Any] | None])
     both = zip(models, states, strict=True)
     pairs = [(m, m.converted, s) for m, s in both if m.converted is not None and s is not None]
     for model, kept, state in pairs:
+        if (
+            model.model is not None
+        ):  # a layer that came since wrap has remainders from now on, not from its first forward
+            forward_of(model.model).take_up()
         shapes = {name: param.shape for name, param in model.named_parameters()}
         wrong = [name for name, rest in state["rests"].items() if shapes.get(name) != rest.shape]
         if wrong and kept.mode == state["mode"]:

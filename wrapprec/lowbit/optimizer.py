@@ -223,7 +223,7 @@ class LowBits:
                 # It was saved by an optimizer that kept it otherwise.
                 state[key] = value = dequantise(value, param)
             if quantised and isinstance(value, Tensor) and value.shape == param.shape:
-                state[key] = quantise(value, self.bits, signed)
+                state[key] = quantise(value, self.bits, signed, _count(state))
 
     def _is_quantised(self, param: Tensor) -> bool:
         if is_lazy(param) or param.numel() < FEWEST or param.dtype not in MIXABLE:
@@ -245,10 +245,24 @@ class LowBits:
             return ""
         params = [param for group in optimizer.param_groups for param in group["params"]]
         number = sum(map(self._is_quantised, params))
+        groups = optimizer.param_groups
+        kept = [key for key in self.form if any(group.get(_ONLY_WITH.get(key, ""), True) for group in groups)]
+        if not kept:
+            return f"{type(optimizer).__name__}: no state, so none in {self.bits} bits"
         return (
-            f"{type(optimizer).__name__}: {', '.join(self.form)} in {self.bits} bits for {number} of {len(params)}"
+            f"{type(optimizer).__name__}: {', '.join(kept)} in {self.bits} bits for {number} of {len(params)}"
             f" parameters; embeddings and tensors of fewer than {FEWEST:,} elements keep 32"
         )
+
+
+_ONLY_WITH = {"max_exp_avg_sq": "amsgrad", "momentum_buffer": "momentum"}
+"""State that there is where a setting of the group is not 0 or False."""
+
+
+def _count(state: dict[str, Any]) -> Tensor | None:
+    """The number of steps that a parameter has taken, wherever it lies."""
+    step = state.get("step")
+    return step if step is None or isinstance(step, Tensor) else torch.tensor(step)
 
 
 def embedded(roots: Iterable[weakref.ref[nn.Module] | None]) -> Iterator[Tensor]:
