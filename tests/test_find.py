@@ -731,7 +731,8 @@ def test_forward_that_the_script_had_replaced_itself_is_saved_as_it_was(run: Any
 
 
 def test_model_whose_weights_are_low_precision_is_saved_as_it_is(run: Any, tmp_path: Path) -> None:
-    ran = run(SCRIPTS["plain"][0] + f"\ntorch.save(model, {str(tmp_path / 'm.pt')!r})", "bf16-true")
+    source = SCRIPTS["plain"][0].replace("model(x)", "model(x).float()")  # torch 2.9 has no loss of mixed dtypes
+    ran = run(source + f"\ntorch.save(model, {str(tmp_path / 'm.pt')!r})", "bf16-true")
     loaded = torch.load(tmp_path / "m.pt", weights_only=False)
     assert torch.equal(loaded(torch.ones(1, 4)), ran.names["model"](torch.ones(1, 4)))
     assert loaded.encoder.weight.dtype is torch.bfloat16
@@ -771,7 +772,7 @@ def test_model_whose_second_optimizer_is_refused_goes_on_in_float32(run: Any, mo
     assert any("alone from now on, because wrapprec refuses its Adam: too much" in line for line in ran.said)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_torchscript_model_is_left_alone(run: Any) -> None:
     source = "model = torch.jit.trace(Net(), torch.ones(8, 4))\n"
     source += "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP

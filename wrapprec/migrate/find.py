@@ -76,8 +76,13 @@ class Finder:
 
         Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
         self.is_installed = True
+        for other in (*_installed, *([self] if _installed else [])):
+            other._by_hand = None  # the script has begun to use Apex, and that another watches is its doing
+            if not other._waiting:
+                other._rest()
         _installed.append(self)
-        self._watch()
+        if self._by_hand is not None:
+            self._watch()
 
     def expect(self, optimizer: Optimizer) -> None:
         """Watch for the model of an optimizer, such as one that was built before."""
