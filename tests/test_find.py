@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing.process
+import pickle
 import sys
 import textwrap
 import types
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +187,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         nn.Module.__call__,
         list(sys.meta_path),
         torch.multiprocessing.start_processes,
+        multiprocessing.process.BaseProcess.start,
         torch.jit.trace,
+        torch.save,
+        pickle.dump,
+        nn.Module.__reduce_ex__,
     )
 
     def run(source: str, policy: str, dry_run: bool = False) -> Ran:
@@ -209,7 +216,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         nn.Module.__call__,
         list(sys.meta_path),
         torch.multiprocessing.start_processes,
+        multiprocessing.process.BaseProcess.start,
         torch.jit.trace,
+        torch.save,
+        pickle.dump,
+        nn.Module.__reduce_ex__,
     )
     assert after == before
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
@@ -623,3 +634,149 @@ def test_script_with_float32_copies_of_apex_is_left_alone_with_the_reason_and_tr
     assert ran.names["losses"][-1] < 0.2 * ran.names["losses"][0]
     assert any(line.startswith("left Sequential") and "its parameters are float16" in line for line in ran.said)
     assert wrapprec.handle_of(ran.names["net"]) is None
+
+
+# Models that are stepped by hand
+
+BY_HAND = """
+for x, y in batches(12):
+    model.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+    for p in model.parameters():
+        p.data.add_(p.grad, alpha=-0.5)
+    losses.append(loss.item())
+"""
+
+
+def test_model_that_is_stepped_by_hand_is_wrapped_at_its_third_forward(run: Any) -> None:
+    source = "model = Net()" + BY_HAND
+    ran, want = run(source, "bf16-mixed"), _curve(source)
+    assert ran.labels == ["Net (58 parameters)"] and ran.names["losses"][:2] == want[:2]
+    assert ran.names["losses"][2] != want[2]
+    # As for the scripts above.
+    assert torch.tensor(ran.names["losses"]).sub(torch.tensor(want)).abs().max() <= 4 * 2**-8 * max(want)
+    assert all(param._backward_hooks is None for param in ran.names["model"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"), [("16-mixed", "nothing could skip a step"), ("bf16-true", "nothing could round its weights")]
+)
+def test_model_that_is_stepped_by_hand_is_left_alone_where_its_step_needs_a_guard(
+    run: Any, policy: str, reason: str
+) -> None:
+    source = "model = Net()" + BY_HAND
+    ran = run(source, policy)
+    assert ran.names["losses"] == _curve(source)
+    [line] = ran.said
+    assert line.startswith("left Net (58 parameters) alone, because the script steps it without") and reason in line
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    model(x)",  # no backward
+        "    model(x).sum().backward()",  # no step: gradients are looked at
+        "    with torch.no_grad():\n        model(x)\n        for p in model.parameters(): p.mul_(0.9)",
+        "    model.eval()\n    model(x).sum().backward()\n    for p in model.parameters(): p.data.mul_(0.9)",
+    ],
+)
+def test_model_that_no_training_steps_is_not_taken_for_one(run: Any, body: str) -> None:
+    ran = run(f"model = Net()\nfor x, y in batches(8):\n{body}\n", "bf16-mixed")
+    assert ran.labels == [] and "nothing was wrapped" in ran.session.summary()
+
+
+def test_watch_for_steps_by_hand_ends_at_the_first_optimizer(run: Any) -> None:
+    source = "other = Net()\n" + SCRIPTS["plain"][0] + BY_HAND.replace("model", "other")
+    assert run(source, "bf16-mixed").labels == ["Net (58 parameters, SGD)"]
+
+
+# Whole models in files
+
+
+@pytest.mark.parametrize(
+    "save", ["torch.save(both, 'PATH')", "import pickle\nwith open('PATH', 'wb') as f: pickle.dump(both, f)"]
+)
+def test_whole_model_is_saved_without_wrapprec(run: Any, tmp_path: Path, save: str) -> None:
+    path = tmp_path / "model.pt"
+    source = SCRIPTS["plain"][0] + "\nimport copy\nboth = [model, copy.deepcopy(model), nn.DataParallel(model)]\n"
+    ran = run(source + save.replace("PATH", str(path)), "16-mixed,init_scale=64")
+    loaded = torch.load(path, weights_only=False) if save.startswith("torch") else pickle.loads(path.read_bytes())
+    assert b"wrapprec" not in b"".join(_members(path))
+    model, x = ran.names["model"], torch.ones(1, 4)
+    plain = ran.names["Net"]()
+    plain.load_state_dict(model.state_dict())
+    for one in loaded:
+        assert wrapprec.handle_of(one) is None and torch.equal(one(x), plain(x))
+    # In this process everything is as before, also after a copy.
+    assert wrapprec.handle_of(model) is not None and not torch.equal(model(x), plain(x))
+    assert not torch.equal(pickle.loads(pickle.dumps(model))(x), plain(x))
+
+
+def _members(path: Path) -> list[bytes]:
+    if not zipfile.is_zipfile(path):
+        return [path.read_bytes()]
+    with zipfile.ZipFile(path) as file:
+        return [file.read(name) for name in file.namelist()]
+
+
+def test_forward_that_the_script_had_replaced_itself_is_saved_as_it_was(run: Any, tmp_path: Path) -> None:
+    source = "model = Net()\nmodel.encoder.forward = model.encoder.forward\n"
+    source += "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
+    ran = run(source + f"torch.save(model, {str(tmp_path / 'm.pt')!r})", "bf16-mixed")
+    loaded = torch.load(tmp_path / "m.pt", weights_only=False)
+    assert loaded.encoder.forward.__self__ is loaded.encoder
+    assert torch.equal(loaded.encoder.weight, ran.names["model"].encoder.weight)
+
+
+def test_model_whose_weights_are_low_precision_is_saved_as_it_is(run: Any, tmp_path: Path) -> None:
+    source = SCRIPTS["plain"][0].replace("model(x)", "model(x).float()")  # torch 2.9 has no loss of mixed dtypes
+    ran = run(source + f"\ntorch.save(model, {str(tmp_path / 'm.pt')!r})", "bf16-true")
+    loaded = torch.load(tmp_path / "m.pt", weights_only=False)
+    assert torch.equal(loaded(torch.ones(1, 4)), ran.names["model"](torch.ones(1, 4)))
+    assert loaded.encoder.weight.dtype is torch.bfloat16
+
+
+# What the script does to its models
+
+
+GROWS = """
+model.extra = nn.Linear(2, 2)
+inner = model.forward
+model.forward = lambda x: model.extra(inner(x))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed,init_scale=64"])
+def test_script_that_gives_its_model_another_forward_half_way_trains_on(run: Any, policy: str) -> None:
+    source = SCRIPTS["plain"][0] + GROWS + LOOP
+    ran, want = run(source, policy), _curve(source)
+    assert torch.tensor(ran.names["losses"]).sub(torch.tensor(want)).abs().max() <= 4 * 2**-8 * max(want)
+
+
+def test_model_whose_second_optimizer_is_refused_goes_on_in_float32(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SCRIPTS["another optimizer half way"][0]
+    attach, calls = wrapprec.Handle.attach, []
+
+    def second(handle: Any, optimizer: Any, *rest: Any, **more: Any) -> None:
+        calls.append(optimizer)
+        if len(calls) > 1:
+            raise ValueError("Expected less.\nReceived: too much")
+        attach(handle, optimizer, *rest, **more)
+
+    monkeypatch.setattr(wrapprec.Handle, "attach", second)
+    ran = run(source, "16-mixed,init_scale=64")
+    assert len(calls) == 2 and wrapprec.handle_of(ran.names["model"]) is None
+    assert any("alone from now on, because wrapprec refuses its Adam: too much" in line for line in ran.said)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_torchscript_model_is_left_alone(run: Any) -> None:
+    source = "model = torch.jit.trace(Net(), torch.ones(8, 4))\n"
+    source += "optimizer = torch.optim.SGD(model.parameters(), lr=0.5)" + LOOP
+    ran = run(source, "bf16-mixed")
+    assert ran.names["losses"] == _curve(source)
+    [line] = ran.said
+    assert line.endswith("alone, because it is compiled by torch.jit, and runs without Python")

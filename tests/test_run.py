@@ -279,6 +279,76 @@ def test_accelerate_starts_it(tmp_path: Path) -> None:
     assert any("wrapped Linear (5 parameters, SGD): bf16-mixed" in line for line in _ours(err))
 
 
+# Processes
+
+WORKERS = """
+import concurrent.futures, multiprocessing, sys
+import torch
+from torch import nn
+
+def train(rank, out):
+    torch.manual_seed(rank)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(torch.full((1, 2), 1.01)).sum()
+    loss.backward()
+    optimizer.step()
+    if out is not None:
+        out.put(loss.item())
+    return loss.item()
+
+class Trainer(multiprocessing.Process):
+    def run(self):
+        train(1, None)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    out = context.Queue()
+    one = context.Process(target=train, args=(0, out), name="first")
+    one.start()
+    print("%.6f" % out.get())
+    one.join()
+    if sys.argv[1] == "fork":
+        two = Trainer(name="second")
+        two.start()
+        two.join()
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            print("%.6f" % pool.submit(train, 2, None).result())
+"""
+
+
+def _loss_by_hand(seed: int) -> float:
+    torch.manual_seed(seed)
+    layer = nn.Linear(2, 1)
+    return (layer.weight.sum() * 1.01 + layer.bias).item()
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("fork", [0, 2]), ("spawn", [0])])
+def test_processes_of_plain_multiprocessing_find_their_models(tmp_path: Path, method: str, ranks: list[int]) -> None:
+    (tmp_path / "script.py").write_text(WORKERS)
+    code, out, err = _start(tmp_path, [*RUN, "script.py", method])
+    assert code == 0, err
+    got, want = [float(line) for line in out.split()], [_loss_by_hand(rank) for rank in ranks]
+    # Two products of numbers of order one, each rounded to 8 bits.
+    assert got == pytest.approx(want, abs=0.02) and got != pytest.approx(want, abs=2e-6)
+    first, *rest = _ours(err)
+    wrapped = "wrapped Linear (3 parameters, SGD): bf16-mixed, skipped steps 0, final loss scale none"
+    assert first == f"wrapprec: first: {wrapped}"
+    assert [line for line in rest if line.endswith(wrapped)] == rest[:-1] and len(rest) == (
+        3 if method == "fork" else 1
+    )
+    assert rest[-1].endswith("was seen in this process: nothing was wrapped")
+
+
+def test_dry_run_prints_one_plan_for_ranks_that_are_alike(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        WORKERS.partition("if __name__")[0] + "if __name__ == '__main__':\n"
+        "    torch.multiprocessing.start_processes(train, (None,), nprocs=2, start_method='fork')\n"
+    )
+    code, out, err = _start(tmp_path, [*RUN[:-2], "--policy", "bf16-mixed", "--dry-run", "script.py"])
+    assert code == 0 and out.count("Linear") == 1, err
+
+
 # The clock
 
 
@@ -341,3 +411,26 @@ def test_clock_looks_at_the_thread_that_started_it() -> None:
         torch.ones(100).sum()
     clock.stop()
     assert str(clock).startswith("elsewhere ") and str(clock).endswith("%")
+
+
+def test_clock_looks_at_other_threads_where_its_own_waits() -> None:
+    """As under nn.DataParallel: the thread that starts the replicas waits for them."""
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            while not done.is_set():
+                time.sleep(0.001)
+            return x
+
+    done, model = threading.Event(), nn.Sequential(nn.Linear(2, 2), Slow())
+    wrapprec.wrap(model, policy="bf16-mixed")
+    replica = threading.Thread(target=model, args=(torch.ones(1, 2),))
+    replica.start()
+    clock = Clock()
+    clock.start()
+    while sum(clock.counts.values()) < 3:
+        time.sleep(0.002)
+    done.set()
+    replica.join()
+    clock.stop()
+    assert clock.counts["forward in bfloat16"] >= 2

@@ -192,7 +192,9 @@ def check_attached(model: nn.Module | None, optimizer: Optimizer) -> None:
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[Forward, Quantised]]:
-    for forward in forward_of(model).tree():
+    root = forward_of(model)
+    # Somebody may have given the instance another forward since.
+    for forward in root.tree() if hasattr(root, "tree") else ():
         if isinstance(forward.runner, Quantised):
             yield forward, forward.runner
 

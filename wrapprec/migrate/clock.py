@@ -19,7 +19,7 @@ _EVERY = 0.01
 
 
 class Clock:
-    """Samples the stack of the thread that starts it. Nothing is added to what runs, and nothing is exact."""
+    """Samples the stacks of the threads, that of the one which starts it first. Nothing that it tells is exact."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -41,17 +41,20 @@ class Clock:
 
     def _run(self, ident: int) -> None:
         # No name for the frame here: until the next look, it would keep alive what the script has dropped since.
-        while not self._stopped.wait(_EVERY) and (now := _look(ident)) is not None:
-            self.counts[now] += 1
+        while not self._stopped.wait(_EVERY):
+            self.counts[_look(ident)] += 1
 
     def __str__(self) -> str:
         total = sum(self.counts.values())
         return ", ".join(f"{what} {count / total:.0%}" for what, count in self.counts.most_common())
 
 
-def _look(ident: int) -> str | None:
-    frame = sys._current_frames().get(ident)
-    return None if frame is None else where(frame)
+def _look(ident: int) -> str:
+    """What the thread does; where it waits, another one: the replicas of nn.DataParallel run on threads of theirs."""
+    frames = sys._current_frames()
+    first = frames.pop(ident, None)
+    frames.pop(threading.get_ident(), None)
+    return next((what for frame in (first, *frames.values()) if (what := where(frame)) != "elsewhere"), "elsewhere")
 
 
 _FORWARD = Forward._enter.__code__

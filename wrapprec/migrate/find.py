@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from wrapprec.dtypes import name
 from wrapprec.errors import WrapprecWarning
 from wrapprec.handle import Handle
+from wrapprec.migrate.byhand import ByHand
 from wrapprec.migrate.outcome import Found
 from wrapprec.migrate.roots import params_of, roots_of
 from wrapprec.plan import resolve
@@ -50,7 +51,9 @@ class Finder:
         self.dry_run = dry_run
         self.is_installed = False
         self.found: list[Found] = []
+        self.prints = True
         self.when_wrapped: Callable[[], None] = lambda: None
+        self._by_hand: ByHand | None = ByHand()
         self._waiting: list[weakref.ref[Optimizer]] = []
         self._scripts_own: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._said: set[str] = set()
@@ -63,7 +66,7 @@ class Finder:
     # Watching
 
     def install(self) -> None:
-        """Note every optimizer that is built from now on."""
+        """Note every optimizer that is built from now on; until there is one, models may be stepped by hand."""
         original = self._init
 
         @functools.wraps(original)
@@ -73,10 +76,17 @@ class Finder:
 
         Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
         self.is_installed = True
+        for other in (*_installed, *([self] if _installed else [])):
+            other._by_hand = None  # the script has begun to use Apex, and that another watches is its doing
+            if not other._waiting:
+                other._rest()
         _installed.append(self)
+        if self._by_hand is not None:
+            self._watch()
 
     def expect(self, optimizer: Optimizer) -> None:
         """Watch for the model of an optimizer, such as one that was built before."""
+        self._by_hand = None
         self._waiting.append(weakref.ref(optimizer))
         self._misses = 0
         self._watch()
@@ -101,7 +111,10 @@ class Finder:
             self._inside.call = True
             try:
                 self.look_at(module)
-                return original(module, *args, **kwargs)
+                out = original(module, *args, **kwargs)
+                if self._by_hand is not None:
+                    self._by_hand.watch(module, out)
+                return out
             finally:
                 self._inside.call = False
 
@@ -135,8 +148,10 @@ class Finder:
             elif owned:
                 self._misses += 1
                 self._note_low(module)
+                if self._by_hand is not None and self._by_hand.trains(module) and not low_of(module):
+                    self._settle(module, [])
             self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
-            if not self._waiting or self._misses > _PATIENCE:
+            if (not self._waiting and self._by_hand is None) or self._misses > _PATIENCE:
                 self._rest()
 
     def _settle(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -150,8 +165,11 @@ class Finder:
         found = Found(_label(roots, mine))
         self.found.append(found)
         found.reason = next((why for root in roots if (why := why_not(root)) is not None), None)
+        if found.reason is None and not mine:
+            found.reason = self._why_not_by_hand(roots)
         if self.dry_run:
-            print(f"{found.label}: left alone, because {found.reason}" if found.reason else self._plans(roots))
+            if self.prints:
+                print(f"{found.label}: left alone, because {found.reason}" if found.reason else self._plans(roots))
             raise SystemExit(0)
         if found.reason is None:
             self._wrap(found, roots, mine)
@@ -181,9 +199,16 @@ class Finder:
         """An optimizer turns up for a model that is wrapped: by us, or else by the script, or by Apex's API for it."""
         known = next((found for found in self.found if found.handle is handle), None)
         if known is not None:
-            for optimizer in optimizers if handle not in self._scripts_own else ():
-                handle.attach(optimizer)
-            known.wrapped(handle)
+            try:
+                for optimizer in optimizers if handle not in self._scripts_own else ():
+                    handle.attach(optimizer)
+            except Exception as error:
+                # Without a guard its steps could overflow: the model goes on in float32.
+                handle.unwrap()
+                known.reason = f"wrapprec refuses its {type(optimizer).__name__}: {_received(error)}"
+                self.say(f"left {known.label} alone from now on, because {known.reason}")
+            else:
+                known.wrapped(handle)
             return
         found = Found(_label([root for model in handle._models if (root := model.model) is not None], optimizers))
         found.wrapped(handle)
@@ -195,19 +220,35 @@ class Finder:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                found.wrapped(wrap(roots, optimizers, self.policy))
+                found.wrapped(wrap(roots, optimizers or None, self.policy))
             except Exception as error:  # `wrap` changed nothing, and the script goes on
-                received = [line for line in str(error).splitlines() if line.startswith("Received: ")]
-                text = received[0].removeprefix("Received: ") if received else f"{type(error).__name__}: {error}"
-                found.reason = f"wrapprec refuses it: {text.splitlines()[0]}"
+                found.reason = f"wrapprec refuses it: {_received(error)}"
         for one in caught:
             if issubclass(one.category, WrapprecWarning):
                 self.say(str(one.message))
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
+    def _why_not_by_hand(self, roots: list[nn.Module]) -> str | None:
+        """Why a model that no torch optimizer steps is not to be wrapped."""
+        try:
+            plans = [resolve(root, self.policy) for root in roots]
+        except Exception:  # `wrap` says why
+            return None
+        if any(plan.loss_scale is not None for plan in plans):
+            return "the script steps it without a torch optimizer: nothing could skip a step that overflows"
+        if any(one.precision.param_dtype is not torch.float32 for plan in plans for one in plan.placements):
+            return "the script steps it without a torch optimizer: nothing could round its weights"
+        return None
+
     def _plans(self, roots: list[nn.Module]) -> str:
         return "\n\n".join(str(resolve(root, self.policy)) for root in roots)
+
+
+def _received(error: Exception) -> str:
+    received = [line for line in str(error).splitlines() if line.startswith("Received: ")]
+    text = received[0].removeprefix("Received: ") if received else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
 
 
 def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
@@ -224,6 +265,8 @@ def why_not(module: nn.Module) -> str | None:
     Args:
         module: the root; what surrounds its call counts, too.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit, and runs without Python"
     params = [param for param in module.parameters() if param.is_floating_point()]
     kinds = {param.device.type for param in params}
     if any(_is_autocast_on(kind) for kind in kinds):

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from wrapprec.current import thread
+from wrapprec.migrate.saving import stores_low
 from wrapprec.standin import StandIn, forward_of, place_of, take_away
 
 _RECORDERS = (
@@ -63,8 +63,7 @@ class Recorders:
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """A wrapped model without what stands in for its forwards; as it is where its weights are low precision ones."""
-    stored = [param for param in model.parameters() if not torch.is_floating_point(param) or param.itemsize < 4]
-    modules = [] if stored else [one for one in model.modules() if isinstance(forward_of(one), StandIn)]
+    modules = [] if stores_low(model) else [one for one in model.modules() if isinstance(forward_of(one), StandIn)]
     standins = [(one, place_of(one), forward_of(one)) for one in modules]
     for one in modules:
         take_away(one)

@@ -7,14 +7,15 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from wrapprec.errors import PolicyError, WrapprecError
 from wrapprec.migrate.alias import ApexFinder
+from wrapprec.migrate.children import Children
 from wrapprec.migrate.clock import Clock
 from wrapprec.migrate.find import Finder
 from wrapprec.migrate.outcome import tell
 from wrapprec.migrate.recorders import Recorders
+from wrapprec.migrate.saving import Saving
 from wrapprec.migrate.script import Program, execute
 from wrapprec.policy import Policy
 
@@ -47,78 +48,87 @@ class Session:
 
     def __init__(self, policy: str, dry_run: bool, say: Callable[[str], None]) -> None:
         self.policy, self.dry_run = policy, dry_run
-        self.finder = Finder(policy, say, dry_run)
+        self._speak, self._prefix, self._before = say, "", 0
+        self.finder = Finder(policy, self.say, dry_run)
         self.clock = Clock()
-        self.alias = ApexFinder(say)
+        self.alias = ApexFinder(self.say)
         self.recorders = Recorders(self.finder.models)
-        self.finder.when_wrapped = self.clock.start
-        self._starts: list[tuple[Any, Any]] = []
-        self._has_children = False
+        self.saving = Saving()
+        self.finder.when_wrapped = lambda: self.clock.start()
+        self.children = Children(begin, (policy, dry_run), self._forked, self._ended)
 
     def start(self) -> None:
         """Watch what is built and called from now on."""
         self.finder.install()
         self.alias.install()
         self.recorders.install()
-        for module in _spawning():
-            start = module.start_processes
-            self._starts.append((module, start))
-            module.start_processes = self._passing_on(start)
+        self.saving.install()
+        self.children.install()
 
     def stop(self) -> None:
         """Watch no more; what is wrapped stays wrapped."""
         self.finder.remove()
         self.alias.remove()
         self.recorders.remove()
+        self.saving.remove()
+        self.children.remove()
         self.clock.stop()
-        while self._starts:
-            module, start = self._starts.pop()
-            module.start_processes = start
 
-    def _passing_on(self, start: Callable[..., Any]) -> Callable[..., Any]:
-        """Have the processes that torch.multiprocessing starts find their models, too."""
+    def say(self, text: str) -> None:
+        """Say it, under the name of this process where it has one.
 
-        def start_processes(fn: Any, *args: Any, **kwargs: Any) -> Any:
-            self._has_children = True
-            return start(_Child(fn, self.policy, self.dry_run), *args, **kwargs)
+        Args:
+            text: one line or several.
+        """
+        if text:
+            self._speak("\n".join(self._prefix + line for line in text.splitlines()))
 
-        return start_processes
+    def _forked(self, prefix: str | None) -> None:
+        """This is another process now: what was wrapped before, and the clock, are those of its parent."""
+        self._speak, self._prefix = (_nothing, "") if prefix is None else (say, prefix)
+        self._before = len(self.finder.found)
+        self.finder.prints = prefix is not None
+        self.clock = Clock()
+
+    def _ended(self) -> None:
+        self.clock.stop()
+        if len(self.finder.found) > self._before and not self.dry_run:
+            self.say(self.summary())
 
     def summary(self) -> str:
-        """What was wrapped, and what came of it."""
-        lines = tell(self.finder.found)
+        """What was wrapped in this process, and what came of it."""
+        found = self.finder.found[self._before :]
+        lines = tell(found)
         if lines and sum(self.clock.counts.values()) >= _ENOUGH:
             lines.append(f"time since then: {self.clock}")
-        if not lines and not self.finder.found and not self._has_children:  # they say so themselves
-            lines = ["no training forward of a model with a torch optimizer was seen: nothing was wrapped"]
+        if not lines and not found and not self.children.ranked:  # the ranks say so themselves
+            where = " in this process" * self.children.started
+            lines = [f"no training forward of a model with a torch optimizer was seen{where}: nothing was wrapped"]
         return "\n".join(lines)
 
 
-class _Child:
-    """A function that another process runs, with what this one has around the script."""
+def begin(policy: str, dry_run: bool) -> Children:
+    """Watch, in a process that was spawned.
 
-    def __init__(self, function: Any, policy: str, dry_run: bool) -> None:
-        self._function, self._policy, self._dry_run = function, policy, dry_run
-        self.__name__ = getattr(function, "__name__", "function")
+    Args:
+        policy: of the `Session`.
+        dry_run: of the `Session`.
 
-    def __call__(self, rank: int, *args: Any) -> Any:
-        session = Session(self._policy, self._dry_run, say if rank == 0 else _nothing)
-        session.start()
-        out = self._function(rank, *args)
-        session.stop()
-        if rank == 0:
-            say(session.summary())
-        return out
+    Returns:
+        What watches over the processes that this one starts.
+    """
+    session = Session(policy, dry_run, say)
+    _sessions.append(session)
+    session.start()
+    return session.children
+
+
+_sessions: list[Session] = []
+"""Keeps that of a spawned process alive."""
 
 
 def _nothing(text: str) -> None:
     pass
-
-
-def _spawning() -> list[Any]:
-    import torch.multiprocessing
-
-    return [torch.multiprocessing, sys.modules["torch.multiprocessing.spawn"]]
 
 
 def say(text: str) -> None:
