@@ -47,7 +47,7 @@ LAYERS: dict[str, str] = {
     " migrate.rewrite.place migrate.rewrite.skips migrate.rewrite.scalers migrate.rewrite.makers migrate.rewrite.casts"
     " migrate.rewrite.units migrate.rewrite.settings migrate.rewrite.passing migrate.rewrite.mistakes"
     " migrate.rewrite.amp migrate.rewrite.apex migrate.rewrite.plain migrate.rewrite.loops"
-    " migrate.rewrite.halves migrate.rewrite.source"
+    " migrate.rewrite.halves migrate.rewrite.trainers migrate.rewrite.source"
     " migrate.rewrite.notebook migrate.rewrite.files migrate.command",
     "package": "__init__",
     "cli": "cli __main__",

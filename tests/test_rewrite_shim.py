@@ -9,6 +9,8 @@ import pytest
 import torch
 from rewriting import becomes, losses, rewritten, stays
 
+import wrapprec
+
 IMAGENET = """
 import torch
 try:
@@ -226,3 +228,71 @@ for step in range(3):
     code, result = rewritten(source)
     assert code == source.replace("from apex", "from wrapprec.migrate.apex")
     assert any("sets a precision itself" in remark.words for remark in result.left)
+
+
+HALF = """
+import torch
+
+def main(args, batches):
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if args.fp16:
+        try:
+            import apex
+
+            apex.amp.register_half_function({registered})
+        except ImportError:
+            raise ImportError("Please install apex.")
+    if args.fp16:
+        from apex import amp
+        model, optimizer = amp.initialize(model, optimizer, opt_level=args.level)
+    for x in batches:
+        loss = model(x).sum()
+        if args.fp16:
+            with amp.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+        else:
+            loss.backward()
+        optimizer.step()
+"""
+
+
+def test_a_product_registered_for_float16_goes_as_the_policy_rounds_it_anyway() -> None:
+    becomes(
+        HALF.format(registered='torch, "einsum"'),
+        """
+        import torch
+        import wrapprec
+
+        def main(args, batches):
+            model = torch.nn.Linear(4, 2)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            if args.fp16:
+                wrapprec.wrap(model, optimizer, args.level)
+            for x in batches:
+                loss = model(x).sum()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+
+
+@pytest.mark.parametrize("registered", ['torch, "exp"', 'torch.nn.functional, "einsum"', "torch, args.name"])
+def test_another_function_registered_for_float16_is_left_with_all_of_amp(registered: str) -> None:
+    code, result = rewritten(HALF.format(registered=registered))
+    assert code == HALF.format(registered=registered)
+    assert any("has no counterpart here" in one.words for one in result.left)
+
+
+def test_einsum_in_a_wrapped_model_computes_in_float16() -> None:
+    class Product(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            product = torch.einsum("bi,oi->bo", x, self.weight)
+            seen.append(product.dtype)
+            return product
+
+    seen: list[torch.dtype] = []
+    model = torch.nn.Sequential(Product(4, 2))
+    wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), "O1")
+    model(torch.ones(3, 4))
+    assert seen == [torch.float16]

@@ -49,9 +49,9 @@ def _check_policy(policy: str) -> None:
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    from wrapprec.migrate.rewrite.files import collect, look, write
+    from wrapprec.migrate.rewrite.files import collect, look_all, write
 
-    outcomes = [look(path, options.policy) for path in collect(options.paths, options.write)]
+    outcomes = look_all(collect(options.paths, options.write), options.policy)
     for outcome in outcomes:
         if outcome.result.changed and options.write:
             write(outcome)

@@ -17,6 +17,12 @@ from wrapprec.migrate.rewrite.settings import conjunction, read_settings
 from wrapprec.migrate.rewrite.syntax import cst, text
 from wrapprec.migrate.rewrite.units import Unit, find_units, leave_callers
 
+_ALONE = (
+    "there is no autocast that goes with this scaler in this file:"
+    " give it enabled=False when what it trains is wrapped where it is made"
+)
+_OUTSIDE = "call wrapprec.wrap where it is made, and take autocast away here"
+
 
 @dataclass
 class Wrap:
@@ -56,7 +62,7 @@ def _plan(unit: Unit, names: Names, package: str) -> None:
             plan.leave(region.item, "what runs under this autocast is no model that this file makes and trains")
     working = [region for region in unit.regions if not region.cast.off]
     if unit.scalers and not working and not plan.reasons:
-        plan.leave(unit.scalers[0][1].scaler.call, "there is no autocast that goes with this scaler in this file")
+        plan.leave(unit.scalers[0][1].scaler.call, _ALONE)
     if plan.reasons:
         return
     wraps = _wraps(unit, working, names)
@@ -166,7 +172,7 @@ def _find(wrap: Wrap, names: Names) -> Place | Reason:
     made = [node for root in roots for node, _ in names.values.get(root, [])]
     if not made:
         one = names.uses[roots[0]][0]
-        return Reason(one, f"`{roots[0][1]}` comes from outside of this file: call wrapprec.wrap where it is made")
+        return Reason(one, f"`{roots[0][1]}` comes from outside of this file: {_OUTSIDE}")
     return find_place(names.function(made[-1]), needed, wrap.models, None, names)
 
 

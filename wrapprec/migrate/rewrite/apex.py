@@ -33,6 +33,8 @@ def plan_apex(names: Names, package: str) -> list[Plan]:
         part = name.removeprefix("apex.amp").removeprefix(".")
         if isinstance(up, cst.Call) and up.func is node and part in _READERS:
             found.setdefault(part, []).append(up)
+        elif isinstance(up, cst.Call) and up.func is node and _is_half_anyway(part, up, names):
+            plan.drop(names.parent(up))  # type: ignore[arg-type]  # the statement that it is
         else:
             plan.leave(node, f"`{text(node)}` has no counterpart here; {_SHIM}")
     if found and len(found.get("initialize", [])) != 1:
@@ -47,6 +49,16 @@ def _is_import(node: cst.CSTNode, names: Names) -> bool:
     return any(isinstance(up, (cst.Import, cst.ImportFrom)) for up in names.above(node))
 
 
+def _is_half_anyway(part: str, call: cst.Call, names: Names) -> bool:
+    """Whether a call registers what computes in float16 by the policy as well."""
+    if part != "register_half_function" or len(call.args) != 2 or not isinstance(names.parent(call), cst.Expr):
+        return False
+    module, name = call.args
+    return names.qualified(module.value) == {"torch"} and constant(name.value) in _HALF_ANYWAY
+
+
+_HALF_ANYWAY = {"addbmm", "addmm", "addmv", "baddbmm", "bmm", "chain_matmul", "einsum", "matmul", "mm", "mv"}
+"""Products, which autocast rounds: https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float16."""
 _READERS = {"initialize", "scale_loss", "master_params", "state_dict", "load_state_dict"}
 
 

@@ -8,13 +8,14 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wrapprec.errors import WrapprecError, message
 from wrapprec.migrate.rewrite.notebook import NotANotebookError, rewrite_notebook
 from wrapprec.migrate.rewrite.source import Result, rewrite
 from wrapprec.migrate.rewrite.syntax import cst
+from wrapprec.migrate.rewrite.trainers import Elsewhere, Trainer, read_trainers
 
 KINDS = (".py", ".ipynb")
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "build", "dist"}
@@ -105,12 +106,46 @@ def _error(expected: str, received: str, path: Path, remedy: str = "name files t
     return SourceError(message(expected, received, where=str(path), remedy=f"{remedy}; nothing was written"))
 
 
-def look(path: Path, policy: str) -> Outcome:
+def look_all(paths: Sequence[Path], policy: str) -> list[Outcome]:
+    """Read files and rewrite what is in them, in memory; a loop whose callers wrap what it trains has nothing to say.
+
+    Args:
+        paths: of them.
+        policy: for loops that had no mixed precision.
+
+    Raises:
+        SourceError: one cannot be read or parsed.
+    """
+    resolved = [path.resolve() for path in paths]
+    trainers = [one for path in paths if len(paths) > 1 for one in _trainers(path)]
+    outcomes = [look(path, policy, Elsewhere(trainers, resolved, path.resolve())) for path in paths]
+    trains = [one for outcome in outcomes for one in outcome.result.trains]
+    spoken = {trainer for trainer, is_served in trains if is_served}
+    spoken -= {trainer for trainer, is_served in trains if not is_served}
+    quiet = {(trainer.path, trainer.line) for trainer in spoken}
+    for number, (path, outcome) in enumerate(zip(resolved, outcomes, strict=True)):
+        left = tuple(one for one in outcome.result.left if (path, one.line) not in quiet)
+        outcomes[number] = replace(outcome, result=replace(outcome.result, left=left))
+    return outcomes
+
+
+def _trainers(path: Path) -> list[Trainer]:
+    if path.suffix != ".py":
+        return []
+    try:
+        data = path.read_bytes()
+        return read_trainers(path, cst.parse_module(data)) if b".backward(" in data else []
+    except Exception:  # `look` says what is wrong with it
+        return []
+
+
+def look(path: Path, policy: str, elsewhere: Elsewhere | None = None) -> Outcome:
     """Read a file and rewrite what is in it, in memory.
 
     Args:
         path: of it.
         policy: for loops that had no mixed precision.
+        elsewhere: the trainers of the other files that are given.
 
     Raises:
         SourceError: it cannot be read or parsed.
@@ -129,7 +164,7 @@ def look(path: Path, policy: str) -> Outcome:
             raise _error(
                 "a source that can be written back byte for byte", "one that cannot", path, "mend its line ends"
             )
-        result = rewrite(module, policy)
+        result = rewrite(module, policy, elsewhere)
         after = result.module.bytes if result.changed else before
         return Outcome(path, before, after, result, module.encoding)
     except NotANotebookError as error:

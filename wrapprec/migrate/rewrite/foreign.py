@@ -9,6 +9,9 @@ from wrapprec.migrate.rewrite.found import optimizers
 from wrapprec.migrate.rewrite.names import Function, Names, Symbol
 from wrapprec.migrate.rewrite.syntax import cst, text
 
+_HELPER = "call wrapprec.wrap where model and optimizer are made, take autocast away, give its GradScaler enabled=False"
+"""By hand: a disabled GradScaler only steps, and its state is empty."""
+
 
 def read_foreign(known: Iterable[Symbol], names: Names) -> list[tuple[Reason, set[Symbol]]]:
     """Find what scales a loss, unscales gradients or steps an optimizer, and is no GradScaler that is known.
@@ -33,7 +36,7 @@ def read_foreign(known: Iterable[Symbol], names: Names) -> list[tuple[Reason, se
             function = names.function(node)
             if function not in first:
                 first[function] = set()
-                words = f"`{text(holder)}` scales here, and this file does not show what it does"
+                words = f"`{text(holder)}` scales here, and this file does not show what it does: {_HELPER}"
                 if _is_shared(holder, names):
                     words = f"`{text(holder)}` is made in the body of the class, not where the optimizer is made"
                 found.append((Reason(node, words), first[function]))

@@ -129,6 +129,8 @@ def _makes_optimizer(value: Expression, symbol: Symbol, names: Names) -> bool:
     assert isinstance(value, cst.Call)
     if is_optimizer(value, names):
         return True
+    if text(value.func).endswith(".configure_optimizers"):  # nanoGPT's and minGPT's models make their own
+        return True
     used = {names.parent(use) for one in names.family(symbol) for use in names.uses[one]}
     methods = {up.attr.value for up in used if isinstance(up, cst.Attribute)}
     return {"step", "zero_grad"} <= methods and not is_module(symbol, names)

@@ -21,11 +21,8 @@ def unspoken(plans: Sequence[Plan], names: Names, known: bool) -> list[Reason]:
         known: whether it uses wrapprec already.
     """
     touched = {id(node) for plan in plans for node in (*plan.edits, *plan.behind, *(one.node for one in plan.reasons))}
-    served = {root for plan in plans for root in plan.serves}
-    ours = [node for node in names.nodes if isinstance(node, (cst.Name, cst.Attribute)) and _is_ours(node, names)]
+    ours, served = _ours(names), served_by(plans, names)
     touched |= {id(node) for node in ours}
-    for up in map(names.parent, ours):
-        served |= {root for arg in up.args for root in mentions(arg, names)} if isinstance(up, cst.Call) else set()
     found: dict[Function, Reason] = {}
     for node in names.nodes:
         if not isinstance(node, cst.Call) or not _goes_backward(node):
@@ -37,6 +34,23 @@ def unspoken(plans: Sequence[Plan], names: Names, known: bool) -> list[Reason]:
         if words is not None or not known:  # what comes from elsewhere may be wrapped there
             found[function] = Reason(node, words or _elsewhere(names))
     return list(found.values()) if found or plans or known else _unknown(names)
+
+
+def served_by(plans: Sequence[Plan], names: Names) -> set[Symbol]:
+    """The roots of what is wrapped, by a plan or by the file as it is, and of what a plan leaves with a reason.
+
+    Args:
+        plans: all that there are for the file.
+        names: of the file.
+    """
+    served = {root for plan in plans for root in plan.serves}
+    for up in map(names.parent, _ours(names)):
+        served |= {root for arg in up.args for root in mentions(arg, names)} if isinstance(up, cst.Call) else set()
+    return served
+
+
+def _ours(names: Names) -> list[cst.CSTNode]:
+    return [node for node in names.nodes if isinstance(node, (cst.Name, cst.Attribute)) and _is_ours(node, names)]
 
 
 def _is_ours(node: cst.CSTNode, names: Names) -> bool:

@@ -41,7 +41,13 @@ _BY_HAND = {
 """What sets a precision among the tools of Apex beside its amp, also under the names of wrapprec."""
 
 
-def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str] = frozenset()) -> list[Plan]:
+def plan_plain(
+    names: Names,
+    package: str,
+    policy: str,
+    harmless: frozenset[str] = frozenset(),
+    passed: frozenset[Symbol] = frozenset(),
+) -> list[Plan]:
     """Plan one line for every group of models and optimizers that a plain loop trains.
 
     Args:
@@ -49,10 +55,11 @@ def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str]
         package: what wrapprec is called in it.
         policy: for `wrap`.
         harmless: managers of precision that do nothing of it in this file.
+        passed: optimizers that functions of other files step.
     """
     groups: list[tuple[list[Symbol], list[Symbol], Plan]] = []
     for optimizer in optimizers(names):
-        if not _is_stepped(optimizer, names):
+        if optimizer not in passed and not _is_stepped(optimizer, names):
             continue
         models, reasons = models_of(optimizer, names)
         mine = Plan(reasons=reasons)
@@ -64,7 +71,9 @@ def plan_plain(names: Names, package: str, policy: str, harmless: frozenset[str]
             break
         else:
             groups.append((models, [optimizer], mine))
-    if not any(text(node.func).endswith(".backward") for node in names.nodes if isinstance(node, cst.Call)):
+    if not passed and not any(
+        text(node.func).endswith(".backward") for node in names.nodes if isinstance(node, cst.Call)
+    ):
         return []
     manager = manager_of(names, harmless)
     for models, made, plan in groups:

@@ -14,11 +14,12 @@ from wrapprec.migrate.rewrite.edits import Plan
 from wrapprec.migrate.rewrite.facts import Reason
 from wrapprec.migrate.rewrite.halves import plan_halves
 from wrapprec.migrate.rewrite.imports import add_import, drop_aliases, drop_imports, package_name, uses_wrapprec
-from wrapprec.migrate.rewrite.loops import unspoken
+from wrapprec.migrate.rewrite.loops import served_by, unspoken
 from wrapprec.migrate.rewrite.names import Function, Names
 from wrapprec.migrate.rewrite.plain import plan_plain
 from wrapprec.migrate.rewrite.shim import plan_shim
 from wrapprec.migrate.rewrite.syntax import cst
+from wrapprec.migrate.rewrite.trainers import Elsewhere, Trainer
 
 _WORDS = ("backward", "autocast", "scaler", "apex", "half")
 """One of these stands in every file that there is anything to say about; the others need no names looked up."""
@@ -46,20 +47,23 @@ class Result:
         changed: whether anything did.
         left: what is left as it is, and why.
         notes: what to know of the edits.
+        trains: the trainers of other files that it calls, and whether what they get is wrapped or spoken of here.
     """
 
     module: cst.Module
     changed: bool
     left: tuple[Remark, ...]
     notes: tuple[Remark, ...]
+    trains: tuple[tuple[Trainer, bool], ...] = ()
 
 
-def rewrite(module: cst.Module, policy: str = "auto") -> Result:
+def rewrite(module: cst.Module, policy: str = "auto", elsewhere: Elsewhere | None = None) -> Result:
     """Rewrite a parsed file.
 
     Args:
         module: the file.
         policy: for loops that had no mixed precision.
+        elsewhere: the trainers of the other files that are given.
 
     Returns:
         The new tree, and what there is to say.
@@ -68,11 +72,14 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
     >>> result.changed, [remark.line for remark in result.left]
     (False, [2])
     """
-    if not any(word in module.code.lower() for word in _WORDS):
+    elsewhere = elsewhere or Elsewhere()
+    if not any(word in module.code.lower() for word in _WORDS) and not elsewhere.is_named_in(module.code):
         return Result(module, False, (), ())
     names = Names(module)
     package, imported = package_name(module)
     known = uses_wrapprec(module)
+    calls = elsewhere.calls(names)
+    passed = frozenset(root for _, roots in calls for root in roots)
     apex = plan_apex(names, package)
     kinds = [plan_amp(names, package), apex, plan_halves(names, package)]
     _part(kinds, names)
@@ -81,7 +88,7 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
         plans = [_already(plan) for plan in plans]
     elif not plans:
         beside = plan_shim(names, amp_stays=False)  # of Apex, only amp and what the shim lacks manage precision
-        plans += plan_plain(names, package, policy, frozenset() if beside.kept else frozenset({"apex"}))
+        plans += plan_plain(names, package, policy, frozenset() if beside.kept else frozenset({"apex"}), passed)
     while True:
         ready = [plan for plan in plans if not plan.reasons and (plan.edits or plan.behind)]
         shim = plan_shim(names, amp_stays=any(plan.reasons for plan in apex))
@@ -93,13 +100,15 @@ def rewrite(module: cst.Module, policy: str = "auto") -> Result:
             break
     loops = unspoken(plans, names, known)
     left = _remarks([*shim.kept, *loops, *(reason for plan in plans for reason in plan.reasons)], names)
+    served = served_by(plans, names)
+    trains = tuple((trainer, bool(roots) and roots <= served) for trainer, roots in calls)
     if not ready:
-        return Result(module, False, left, ())
+        return Result(module, False, left, (), trains)
     if not imported and any(plan.wraps for plan in ready):
         changed = add_import(changed)
     new = finish(drop_imports(names.module, drop_aliases(names, changed)))
     _check(new)
-    return Result(new, True, left, _remarks([note for plan in ready for note in plan.notes], names))
+    return Result(new, True, left, _remarks([note for plan in ready for note in plan.notes], names), trains)
 
 
 def _part(kinds: Sequence[Sequence[Plan]], names: Names) -> None:
