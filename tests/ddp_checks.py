@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import os
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from wrapprec.backends.cpu import CpuBackend
 
 _PATIENCE = datetime.timedelta(seconds=60)
 """For a collective that another process does not come to."""
+_ALL_CHECKS = datetime.timedelta(minutes=10)
+"""For all that one group of processes checks, which takes a minute or so on two busy cores."""
 
 POLICIES = ["bf16-mixed", "16-mixed", "bf16-module", "16-module"]
 ORDERS = ["wrap(DDP)", "DDP(wrapped)", "wrap(ddp.module)"]
@@ -66,6 +69,8 @@ def main(
 ) -> None:
     """Run the checks in one process and save what came of each."""
     torch.set_num_threads(1)
+    # Ranks that wait for each other in different groups: their own patience is 30 minutes.
+    faulthandler.dump_traceback_later(_ALL_CHECKS.total_seconds(), exit=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "float16 on a CPU without float16 instructions")
     warnings.filterwarnings("ignore", "fp8 is emulated")
@@ -725,7 +730,7 @@ def closures_are_evaluated_equally_often(policy: str) -> None:
 @check
 def only_processes_of_the_same_group_agree(policy: str) -> None:
     scales, half = policy.startswith("16"), dist.get_world_size() // 2
-    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    groups = [dist.new_group(list(part), timeout=_PATIENCE) for part in (range(half), range(half, 2 * half))]
     number = dist.get_rank() // half
     model = net()
     model.extra = nn.Identity()
@@ -737,6 +742,36 @@ def only_processes_of_the_same_group_agree(policy: str) -> None:
         hide_overflow(model)
         optimizer.step()
     assert handle.scale == ((32.0 if number == 0 else 64.0) if scales else 1.0)
+
+
+@check
+def parts_with_groups_of_their_own_agree_whichever_is_entered_first(policy: str) -> None:
+    """Ranks meet the groups in other orders, which torch allows where it rebuilds no buckets: nobody waits for ever."""
+    scales, rank = policy.startswith("16"), dist.get_rank()
+    model = net(Pair)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scale: dict[str, Any] = {"loss_scale": LossScale(init_scale=64.0)} if scales else {}
+    handle = wrapprec.wrap(model, optimizer, policy, **scale)
+    everybody = list(range(dist.get_world_size()))
+    groups = [dist.new_group(everybody, timeout=_PATIENCE) for _ in range(2)]
+    both = zip(model.children(), groups, strict=True)
+    parts = [DDP(part, process_group=group, find_unused_parameters=True) for part, group in both]
+    x, y = data()
+    for bad in (False, True):
+        optimizer.zero_grad()
+        out = sum(part(mine(x)) for part in (parts if rank == 0 else parts[::-1]))
+        (F.mse_loss(out, mine(y)) * (2.0**24 if bad and rank == 1 else 1.0)).backward()
+        hide_overflow(model)
+        optimizer.step()
+        agreed(handle, model)
+        assert handle.step_was_skipped is (bad and scales)
+    handle.unwrap()
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 4), nn.Linear(8, 4)
 
 
 @check

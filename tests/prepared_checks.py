@@ -15,6 +15,7 @@ from fsdp_checks import raises
 from torch import Tensor, nn
 
 import wrapprec
+from wrapprec import LossScale
 
 CHECKS: dict[str, Callable[[str], None]] = {}
 """By name; each takes a policy, and raises where it fails. All processes run them in the same order."""
@@ -85,6 +86,35 @@ def saved_state_resumes_to_the_bit(policy: str) -> None:
         handle.unwrap()
         assert not {"step", "zero_grad"} & optimizer.optimizer.__dict__.keys()
         assert not optimizer.optimizer._optimizer_load_state_dict_post_hooks
+        assert not optimizer.optimizer._optimizer_state_dict_pre_hooks
+        assert not accelerator._custom_objects
+
+
+@check_with("16-mixed")
+def handle_is_saved_without_device_placement_and_once_however_often_it_is_wrapped(policy: str) -> None:
+    """Without device placement preparing leaves the optimizer alone: its state, saved or loaded, is what tells."""
+    where, scales = folder(), []
+    for scale in (64.0, 8.0):
+        with launched() as accelerate:
+            accelerator = accelerate.Accelerator(cpu=True, device_placement=False)
+            model = net()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            wrapprec.wrap(model, optimizer, policy, loss_scale=LossScale(init_scale=scale)).unwrap()
+            handle = wrapprec.wrap(model, optimizer, policy, loss_scale=LossScale(init_scale=scale))
+            model, optimizer = accelerator.prepare(model, optimizer)
+            if not scales:
+                accelerator.save_state(where)
+                accelerator.wait_for_everyone()
+            else:
+                accelerator.load_state(where)
+            assert accelerator._custom_objects == [handle]
+            scales.append(handle.scale)
+            handle.unwrap()
+            assert not accelerator._custom_objects
+            handle = wrapprec.wrap(model, optimizer, policy)
+            assert accelerator._custom_objects == [handle]  # which it has prepared by now
+            handle.unwrap()
+    assert scales == [64.0, 64.0]
 
 
 @check_with("bf16-mixed", "bf16-module", "32-true", "16-mixed")

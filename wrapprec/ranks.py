@@ -92,8 +92,11 @@ class Ranks:
                 self._meshes.append(mesh)
 
     def groups(self) -> list[Any]:
-        """The process groups of more than one process: of a mesh, one for each of its dimensions."""
-        groups = {id(ddp.process_group): ddp.process_group for ddp in self.ddps}
+        """The process groups of more than one process: of a mesh, one for each of its dimensions, in their order.
+
+        In the same order on every rank, for they wait in each: ranks may have met the DDPs in different ones.
+        """
+        groups = {id(group): group for group in sorted((ddp.process_group for ddp in self.ddps), key=_name_of)}
         for mesh in self._meshes:
             groups |= {id(group): group for group in mesh.get_all_groups()}
         return [group for group in groups.values() if dist.get_world_size(group) > 1]
@@ -125,6 +128,11 @@ class Ranks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]  # restores exactly what __init__ sets
+
+
+def _name_of(group: Any) -> str:
+    name: str = group.group_name
+    return name
 
 
 def alive(kind: type) -> list[Any]:

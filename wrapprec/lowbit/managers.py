@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from wrapprec.dtypes import LOW, name
 from wrapprec.errors import PolicyError, WrapprecError, message, module_label
+from wrapprec.ranks import alive, is_distributed
 from wrapprec.sharded import is_distributed_tensor
 
 _USE_MIXED = (
@@ -22,10 +21,9 @@ _USE_MIXED = (
 
 def reducers_of(ids: set[int]) -> list[DDP]:
     """The DistributedDataParallel modules that reduce the gradients of some of these parameters."""
-    if not ids or not dist.is_available() or not dist.is_initialized():
+    if not ids or not is_distributed():
         return []
-    ddps = [one for one in gc.get_objects() if DDP in type(one).__mro__]
-    return [ddp for ddp in ddps if any(id(param) in ids for param in ddp.parameters())]
+    return [ddp for ddp in alive(DDP) if any(id(param) in ids for param in ddp.parameters())]
 
 
 def check_managers(model: nn.Module, changing: list[tuple[str, Tensor, torch.dtype]]) -> None:
