@@ -203,6 +203,25 @@ def test_compiled_program_computes_in_bfloat16(xla: torch.device, kind: Any, pol
     assert set(found) == {"bf16"}
 
 
+@pytest.mark.parametrize("policy", BF16)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norm_between_convolutions_leaves_all_their_products_in_bfloat16(
+    xla: torch.device, kind: Any, policy: str
+) -> None:
+    # torch_xla runs these norms on bfloat16, and gives the layer before a gradient that is float32 in the program.
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), kind(4, affine=True), nn.Conv2d(4, 2, 3)).to(xla)
+    x = torch.randn(2, 2, 6, 6).to(xla)
+    torch_xla.sync()
+    wrap(model, None, policy)
+    loss = model(x).square().sum()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(grad.dtype == torch.float32 for grad in gradients)
+    found = dots(torch_xla._XLAC._get_xla_tensors_hlo([loss, *gradients]))
+    # Of two convolutions: forward, and the gradients of weight and input.
+    assert len(found) == 6 and set(found) == {"bf16"}
+
+
 def test_program_without_wrap_computes_in_float32(xla: torch.device) -> None:
     # So the test above can fail.
     model, batch, _, _ = by_hand(GPT)
