@@ -516,6 +516,21 @@ def test_gradients_accumulate_in_float32() -> None:
 
 
 @needs_grad_dtype
+@pytest.mark.usefixtures("remaking")
+def test_gradients_accumulate_in_float32_after_a_move_that_has_made_new_parameters() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    handle = wrapprec.wrap(model, policy="bf16-true,grads=float32")
+    model.to("cpu")
+    model.append(nn.Identity())  # a change that is taken up, as another device is
+    for _ in range(512):
+        model(torch.ones(1, 1)).sum().backward()
+    assert model[0].weight.grad.dtype is F32
+    assert model[0].weight.grad.item() == 512
+    handle.unwrap()
+    assert model[0].weight.dtype is model[0].weight.grad_dtype is F32
+
+
+@needs_grad_dtype
 def test_float16_weights_have_float32_gradients_under_a_loss_scale() -> None:
     """A gradient below float16's least number, 6e-8, comes through."""
     torch.manual_seed(0)

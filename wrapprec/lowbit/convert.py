@@ -77,8 +77,8 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     wanted: Any = plan.policy.grad_dtype
     if wanted is None and plan.loss_scale is not None and hasattr(Tensor, "grad_dtype"):
         wanted = torch.float32  # true gradients are smaller than float16 reaches
-    for fqn, param in trained:
-        if wanted not in (None, param.dtype):
+    for fqn, param in (*trained, *_made_anew(model, kept)):
+        if wanted not in (None, param.dtype) and getattr(param, "grad_dtype", None) is not wanted:
             graded.append((param, _grad_dtype(fqn, param, wanted)))
             _set_grad_dtypes([(param, wanted)])
             kept.grads[fqn] = wanted
@@ -136,6 +136,16 @@ def _places(model: nn.Module, tensors: set[int]) -> Iterator[_Place]:
         for key, tensor in (*originals(module).items(), *module._buffers.items()):
             if id(tensor) in tensors:
                 yield f"{fqn}.{key}".lstrip("."), module, key, tensor
+
+
+def _made_anew(model: nn.Module, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+    """The trained weights of the modules that were placed before: a move may have made new Parameters of them."""
+    for fqn, module in model.named_modules():
+        if isinstance(forward_of(module), Forward):
+            for key, param in originals(module).items():
+                path = f"{fqn}.{key}".lstrip(".")
+                if param is not None and param.requires_grad and param.dtype in LOW and path in kept.dtypes:
+                    yield path, param
 
 
 def _held(places: list[_Place]) -> Iterator[tuple[str, Tensor]]:
