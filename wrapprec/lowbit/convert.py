@@ -78,10 +78,12 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     if wanted is None and plan.loss_scale is not None and hasattr(Tensor, "grad_dtype"):
         wanted = torch.float32  # true gradients are smaller than float16 reaches
     for fqn, param in (*trained, *_made_anew(model, kept)):
-        if wanted not in (None, param.dtype) and getattr(param, "grad_dtype", None) is not wanted:
+        if wanted in (None, param.dtype):
+            continue
+        if getattr(param, "grad_dtype", None) is not wanted:
             graded.append((param, _grad_dtype(fqn, param, wanted)))
             _set_grad_dtypes([(param, wanted)])
-            kept.grads[fqn] = wanted
+        kept.grads[fqn] = wanted
     if changing:
         _flatten(model)
     if trained:
