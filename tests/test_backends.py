@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapprec import install, wrap
-from wrapprec.backends import base, cpu, select
+from wrapprec.backends import base, cpu, norms, select
 from wrapprec.backends.base import Backend
 from wrapprec.backends.cpu import CpuBackend
 from wrapprec.backends.cuda import CudaBackend
@@ -263,8 +263,20 @@ class Failing(nn.LayerNorm):
 def test_kernel_that_promotes_errs_or_fails_is_not_accepted(
     monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]
 ) -> None:
-    monkeypatch.setitem(base._NORMS, "LayerNorm", (kind, (8,), (4, 8)))
+    monkeypatch.setitem(norms.NORMS, "LayerNorm", (kind, (8,), (4, 8)))
     assert not CpuBackend().accepts_mixed_norm(nn.LayerNorm(4), BF16, CPU)
+
+
+def test_norm_whose_statistics_err_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Norm(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            if self.training and input.dtype == BF16:
+                self.running_var *= 1.1
+            return out
+
+    monkeypatch.setitem(norms.NORMS, "BatchNorm1d", (Norm, (8,), (4, 8)))
+    assert not CpuBackend().accepts_mixed_norm(nn.BatchNorm1d(4), BF16, CPU)
 
 
 def test_probe_runs_once_a_kind_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +286,7 @@ def test_probe_runs_once_a_kind_dtype_and_device(monkeypatch: pytest.MonkeyPatch
         calls.append(arguments)
         return True
 
-    monkeypatch.setattr(base, "_probe", record)
+    monkeypatch.setattr(base, "probe_norm", record)
     backend = CpuBackend()
     for width in (2, 3, 4):
         assert backend.accepts_mixed_norm(nn.LayerNorm(width), BF16, CPU)

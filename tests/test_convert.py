@@ -90,6 +90,96 @@ def test_objects_stay_and_unwrap_gives_dtypes_back(policy: str) -> None:
     model(torch.randn(3, 4)).sum().backward()
 
 
+@pytest.fixture
+def remaking() -> Iterator[None]:
+    """`Module.to` makes new Parameters, as it always does on devices whose tensors are of another kind."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@each_true
+@pytest.mark.usefixtures("remaking")
+def test_parameters_that_a_move_has_made_anew_get_their_dtypes_and_numbers_back(policy: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        model.first.weight.add_(0.01 * model.first.weight.sign())  # normal numbers of float16
+    before, own = bits(model), types(model)
+    handle = wrapprec.wrap(model, torch.optim.SGD(model.parameters(), lr=0.0), policy)
+    old, wrapped = list(model.parameters()), types(model)
+    model.to("cpu")
+    assert not {id(p) for p in old} & {id(p) for p in model.parameters()} and types(model) == wrapped
+    model(torch.randn(3, 4)).sum().backward()
+    handle.unwrap()
+    assert types(model) == own
+    assert {p.grad.dtype for p in model.parameters()} == {F32}
+    # Those that the optimizer still holds are given back, too.
+    assert {p.dtype for p in old} == {F32}
+    # Of float16 a remainder counts 2**-15ths of a last place.
+    assert torch.allclose(
+        model.first.weight, before["first.weight"], rtol=2.0**-25 if policy == "16-true" else 0.0, atol=0.0
+    )
+
+
+@pytest.mark.usefixtures("remaking")
+def test_training_goes_on_after_a_move_that_has_made_new_parameters() -> None:
+    """With the remainders: the same bits as without the move."""
+
+    def run(moves: bool) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        torch.manual_seed(0)
+        model, data = Net(), torch.randn(6, 3, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        handle = wrapprec.wrap(model, optimizer, "bf16-true,rounding=kahan")
+        for number, x in enumerate(data):
+            if number == 3 and moves:
+                model.to("cpu")
+                optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+                handle.attach(optimizer)
+            optimizer.zero_grad()
+            model(x).float().square().sum().backward()
+            optimizer.step()
+        handle.unwrap()
+        return bits(model), types(model)
+
+    (moved, dtypes), (stayed, expected) = run(True), run(False)
+    assert dtypes == expected
+    assert all(torch.equal(moved[name], stayed[name]) for name in stayed)
+
+
+@pytest.mark.usefixtures("remaking")
+def test_tie_that_a_move_has_cut_is_float32_in_both_places_again() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
+    model.last.weight = model.first.weight
+    handle = wrapprec.wrap(model, policy="bf16-true")
+    model.to("cpu")
+    assert model.last.weight is not model.first.weight, "torch has tied them again: nothing is tested"
+    handle.unwrap()
+    assert {p.dtype for p in model.parameters()} == {F32}
+
+
+@each_low
+def test_buffer_that_forward_has_replaced_gets_its_dtype_back(policy: str) -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            self.mean = 0.5 * self.mean + 0.5 * out.detach().mean(0)
+            return out
+
+    model = Averaging()
+    handle = wrapprec.wrap(model, policy=policy)
+    model(torch.randn(3, 4))
+    now = model.mean.clone()
+    assert now.dtype is LOW[policy] and now.any()
+    handle.unwrap()
+    assert model.mean.dtype is F32 and torch.equal(model.mean, now.float())
+
+
 @pytest.mark.parametrize("policy", ["64-true", "bf16-true", "16-true"])
 def test_weights_that_were_not_trained_come_back_to_the_last_bit_where_there_is_an_optimizer(policy: str) -> None:
     torch.manual_seed(0)
@@ -423,6 +513,21 @@ def test_gradients_accumulate_in_float32() -> None:
         for _ in range(512):
             model(torch.ones(1, 1)).sum().backward()
         assert model.weight.grad.item() == 256, "what would be lost"
+
+
+@needs_grad_dtype
+@pytest.mark.usefixtures("remaking")
+def test_gradients_accumulate_in_float32_after_a_move_that_has_made_new_parameters() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    handle = wrapprec.wrap(model, policy="bf16-true,grads=float32")
+    model.to("cpu")
+    model.append(nn.Identity())  # a change that is taken up, as another device is
+    for _ in range(512):
+        model(torch.ones(1, 1)).sum().backward()
+    assert model[0].weight.grad.dtype is F32
+    assert model[0].weight.grad.item() == 512
+    handle.unwrap()
+    assert model[0].weight.dtype is model[0].weight.grad_dtype is F32
 
 
 @needs_grad_dtype

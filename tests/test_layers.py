@@ -20,9 +20,9 @@ LAYERS: dict[str, str] = {
     "leaves": "errors undo",
     "values": "dtypes tree reach hooked sharded cast lowbit lowbit.packages lowbit.sizes",
     "wants": "grammar lossscale recipe precision rule policy allowlist fills",
-    "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.bits"
-    " backends.counted backends.base backends.cpu backends.cuda backends.xla backends.generic backends.select defaults"
-    " lowbit.quantisable lowbit.forms"
+    "choice": "backends backends.fast backends.float8 backends.recording backends.recurrent backends.norms"
+    " backends.bits backends.counted backends.base backends.cpu backends.cuda backends.xla backends.generic"
+    " backends.select defaults lowbit.quantisable lowbit.forms"
     " footprint memory placement fits walk plan fsdp",
     "state": "current levels standin lent flags bucket scale border boundary ranks schedule audit diagnose state",
     "effects": "capture copies writes escape checks carried recompute computed gathered outward modes replicas"

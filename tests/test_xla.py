@@ -203,6 +203,25 @@ def test_compiled_program_computes_in_bfloat16(xla: torch.device, kind: Any, pol
     assert set(found) == {"bf16"}
 
 
+@pytest.mark.parametrize("policy", BF16)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norm_between_convolutions_leaves_all_their_products_in_bfloat16(
+    xla: torch.device, kind: Any, policy: str
+) -> None:
+    # torch_xla runs these norms on bfloat16, and gives the layer before a gradient that is float32 in the program.
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), kind(4, affine=True), nn.Conv2d(4, 2, 3)).to(xla)
+    x = torch.randn(2, 2, 6, 6).to(xla)
+    torch_xla.sync()
+    wrap(model, None, policy)
+    loss = model(x).square().sum()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(grad.dtype == torch.float32 for grad in gradients)
+    found = dots(torch_xla._XLAC._get_xla_tensors_hlo([loss, *gradients]))
+    # Of two convolutions: forward, and the gradients of weight and input.
+    assert len(found) == 6 and set(found) == {"bf16"}
+
+
 def test_program_without_wrap_computes_in_float32(xla: torch.device) -> None:
     # So the test above can fail.
     model, batch, _, _ = by_hand(GPT)
@@ -555,6 +574,28 @@ def test_weights_and_remainders_are_those_of_the_host_to_the_last_bit(words: lis
         results = [one.cpu() for one in (low, rest, back, chance, again, bits.get_state())]
         found.append([one if one.dtype is torch.int64 else one.view(torch.uint8) for one in results])
     assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
+def test_true_bfloat16_is_moved_trained_and_given_back(xla: torch.device) -> None:
+    model, batch = small()
+    plain = copy.deepcopy(model)
+    # With an optimizer, or there would be no remainders.
+    handle = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), "bf16-true,rounding=kahan")
+    model.to(xla)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.attach(optimizer)
+    train(model, optimizer, to(xla, batch), steps=2)
+    handle.unwrap()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    rival = torch.optim.SGD(plain.parameters(), lr=0.1)
+    start = copy.deepcopy(plain)
+    for _ in range(2):
+        rival.zero_grad()
+        loss_of(plain, *batch).backward()
+        rival.step()
+    for mine, true, first in zip(model.parameters(), plain.parameters(), start.parameters(), strict=True):
+        # bfloat16's rounding of two gradients, and nothing of the weights' own.
+        assert (mine.cpu() - true).norm() <= 8 * 2**-8 * (true - first).norm()
 
 
 @pytest.mark.parametrize("rounding", ["kahan", "stochastic"])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from wrapprec.backends import ABSENT
 from wrapprec.backends.bits import Bits
 from wrapprec.backends.fast import Switches
 from wrapprec.backends.float8 import Float8, advise
+from wrapprec.backends.norms import NORMS, norm_kind, probe_norm
 from wrapprec.backends.recording import Recording
 from wrapprec.backends.recurrent import probe_rnn, rnn_kind
 from wrapprec.errors import PolicyError, message
@@ -52,38 +50,6 @@ class Lending:
 
     bucket_elements: int
     multi_tensor: bool
-
-
-_NORMS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "LayerNorm": (nn.LayerNorm, (8,), (4, 8)),
-    "RMSNorm": (nn.RMSNorm, (8,), (4, 8)),
-    "GroupNorm": (nn.GroupNorm, (2, 8), (4, 8, 3)),
-    "BatchNorm1d": (nn.BatchNorm1d, (8,), (4, 8)),
-    "BatchNorm2d": (nn.BatchNorm2d, (8,), (4, 8, 3, 3)),
-    "BatchNorm3d": (nn.BatchNorm3d, (8,), (4, 8, 2, 2, 2)),
-    "SyncBatchNorm": (nn.SyncBatchNorm, (8,), (4, 8, 3, 3)),
-    "InstanceNorm1d": (nn.InstanceNorm1d, (8,), (4, 8, 5)),
-    "InstanceNorm2d": (nn.InstanceNorm2d, (8,), (4, 8, 3, 3)),
-    "InstanceNorm3d": (nn.InstanceNorm3d, (8,), (4, 8, 2, 2, 2)),
-}
-
-
-def norm_kind(module: nn.Module) -> str | None:
-    """Name the torch normalisation that a module is, or descends from.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The class name, or None for a module that is none of those with float32 parameters.
-
-    >>> norm_kind(nn.BatchNorm2d(3)), norm_kind(nn.Linear(2, 2))
-    ('BatchNorm2d', None)
-    """
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in _NORMS:
-            return kind.__name__
-    return None
 
 
 class Backend(Recording, Bits, ABC):
@@ -200,7 +166,7 @@ class Backend(Recording, Bits, ABC):
             return False
         key = (kind, dtype, device.type)
         if key not in self._probed:
-            self._probed[key] = _probe(kind, dtype, device)
+            self._probed[key] = probe_norm(kind, dtype, device)
         return self._probed[key]
 
     def runs_rnn(self, module: nn.Module, dtype: torch.dtype, autocasts: bool, device: torch.device) -> bool:
@@ -233,7 +199,7 @@ class Backend(Recording, Bits, ABC):
             Pairs of class name and dtype name.
         """
         found = set()
-        for kind, (make, arguments, _) in _NORMS.items():
+        for kind, (make, arguments, _) in NORMS.items():
             for dtype in (torch.bfloat16, torch.float16):
                 if self.accepts_mixed_norm(make(*arguments, device="meta"), dtype, device):
                     found.add((kind, str(dtype).removeprefix("torch.")))
@@ -255,46 +221,3 @@ class Backend(Recording, Bits, ABC):
         with torch.no_grad():
             values: list[float] = torch.stack([t.detach().reshape(()).to(device, dtype) for t in tensors]).tolist()
         return values
-
-
-def _probe(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    # Warnings marked "once" in C++ would hide a slow path that an earlier call has already warned of.
-    always = torch.is_warn_always_enabled()
-    with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False), torch.enable_grad():
-        warnings.simplefilter("always")
-        torch.set_warn_always(True)
-        try:
-            with torch.autocast(device.type, enabled=False):
-                agrees = all(_agrees(kind, dtype, device, training) for training in (True, False))
-        except (ValueError, *ABSENT):
-            return False
-        finally:
-            torch.set_warn_always(always)
-    return agrees and not caught
-
-
-def _agrees(kind: str, dtype: torch.dtype, device: torch.device, training: bool) -> bool:
-    """Run the norm in the mix and in float32, and compare outputs and weight gradients."""
-    make, arguments, shape = _NORMS[kind]
-    affine = {"affine": True} if kind.startswith("Instance") else {}
-    results = []
-    for activations in (dtype, torch.float32):
-        norm = make(*arguments, **affine, device=device, dtype=torch.float32).train(training)
-        with torch.no_grad():
-            for parameter in norm.parameters():
-                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel(), device=device))
-        grid = torch.linspace(-3, 5, torch.Size(shape).numel(), device=device, dtype=torch.float32)
-        data = grid.cos().reshape(shape).to(dtype)
-        out = norm(data.to(activations).requires_grad_())
-        if out.dtype != activations:
-            return False
-        (gradient,) = torch.autograd.grad(out, [next(norm.parameters())], grad_outputs=data.to(out.dtype))
-        if gradient.dtype != torch.float32:
-            return False
-        results.append((out.detach().float(), gradient))
-    # Outputs are rounded once, and so is what backward recomputes: two units in the last place of the largest value.
-    unit = 2 * torch.finfo(dtype).eps
-    return all(
-        bool(((mixed - true).abs().max() <= unit * true.abs().max()).item())
-        for mixed, true in zip(*results, strict=True)
-    )

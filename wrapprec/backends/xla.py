@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wrapprec.backends.base import Backend, Capability, Lending
 from wrapprec.backends.counted import Counted
@@ -69,6 +69,15 @@ class XlaBackend(Backend):
             compute_dtype=has(precision.compute_dtype),
             output_dtype=has(precision.output_dtype),
         )
+
+    def accepts_mixed_norm(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+        """See `Backend.accepts_mixed_norm`: none, though torch_xla 2.9 runs the norms over a batch or an instance.
+
+        The gradient of their inputs then says that it is bfloat16, and is float32 in the compiled program, where the
+        layers before go on with it in float32. With casts around the norm their products are bfloat16, and nothing is
+        lost: the program casts for its batch norm, which is float32, either way.
+        """
+        return False
 
     def advise(self, precision: Precision, device: torch.device) -> str | None:
         """See `Backend.advise`."""

@@ -27,6 +27,9 @@ from wrapprec.undo import UndoStack
 _Found = tuple[str, Tensor, torch.dtype]
 """A tensor to convert: its qualified name, itself, and the dtype it is to have."""
 
+_Place = tuple[str, nn.Module, str, Tensor]
+"""Where a converted tensor was: its qualified name there, the module, the name within it, and the tensor."""
+
 
 def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     """Give the parameters and buffers of every module that has no Forward yet the dtype of its placement.
@@ -57,29 +60,31 @@ def convert(model: nn.Module, shared: Shared, undo: UndoStack) -> None:
     check_managers(model, changing)
     check_rounded(params, plan.rounding)
     changing += [found for found in _wanted(model, plan, True) if found[1].dtype is not found[2]]
-    done: list[tuple[str, Tensor]] = []
+    places = list(_places(model, {id(tensor) for _, tensor, _ in changing}))
     graded: list[tuple[Tensor, torch.dtype | None]] = []
     undo.push(lambda: _set_grad_dtypes(graded))
-    undo.push(lambda: restore(done, kept))
+    undo.push(lambda: restore(places, kept))
     for fqn, _, _ in params:
         kept.rests.pop(fqn, None)  # of a module that stood in this place before
+    dtypes = {id(tensor): (tensor.dtype, dtype) for _, tensor, dtype in changing}
+    kept.dtypes.update({fqn: dtypes[id(tensor)] for fqn, _, _, tensor in places})
     for fqn, tensor, dtype in changing:
-        kept.dtypes[fqn] = tensor.dtype, dtype
         low = tensor.detach().to(dtype)
         if kept.mode == "kahan" and tensor.requires_grad and tensor.dtype not in LOW and dtype in LOW:
             low, kept.rests[fqn] = split(tensor.detach().to(torch.float32), dtype)
-        done.append((fqn, tensor))
         _set(tensor, low)
     trained = [(fqn, param) for fqn, param, dtype in params if dtype in LOW and param.requires_grad]
     wanted: Any = plan.policy.grad_dtype
     if wanted is None and plan.loss_scale is not None and hasattr(Tensor, "grad_dtype"):
         wanted = torch.float32  # true gradients are smaller than float16 reaches
-    for fqn, param in trained:
-        if wanted not in (None, param.dtype):
+    for fqn, param in (*trained, *_made_anew(model, kept)):
+        if wanted in (None, param.dtype):
+            continue
+        if getattr(param, "grad_dtype", None) is not wanted:
             graded.append((param, _grad_dtype(fqn, param, wanted)))
             _set_grad_dtypes([(param, wanted)])
-            kept.grads[fqn] = wanted
-    if done:
+        kept.grads[fqn] = wanted
+    if changing:
         _flatten(model)
     if trained:
         _warn_of_nearest(kept, trained[0][1].dtype)
@@ -127,6 +132,37 @@ def _wanted(model: nn.Module, plan: Plan, buffers: bool) -> Iterator[_Found]:
     yield from (one for key, one in found.items() if key not in pinned)
 
 
+def _places(model: nn.Module, tensors: set[int]) -> Iterator[_Place]:
+    """Every place of these tensors, several of one that is tied: what is moved may not be so any more."""
+    for fqn, module in model.named_modules():
+        for key, tensor in (*originals(module).items(), *module._buffers.items()):
+            if id(tensor) in tensors:
+                yield f"{fqn}.{key}".lstrip("."), module, key, tensor
+
+
+def _made_anew(model: nn.Module, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+    """The trained weights of the modules that were placed before: a move may have made new Parameters of them."""
+    for fqn, module in model.named_modules():
+        if isinstance(forward_of(module), Forward):
+            for key, param in originals(module).items():
+                path = f"{fqn}.{key}".lstrip(".")
+                if param is not None and param.requires_grad and param.dtype in LOW and path in kept.dtypes:
+                    yield path, param
+
+
+def _held(places: list[_Place]) -> Iterator[tuple[str, Tensor]]:
+    """The converted tensors, and what has taken their places since.
+
+    `Module.to` makes new Parameters on devices whose tensors are of another kind, and new buffers always.
+    """
+    for fqn, module, key, tensor in places:
+        yield fqn, tensor
+        now = originals(module).get(key)
+        now = module._buffers.get(key) if now is None else now
+        if now is not None and now is not tensor:
+            yield fqn, now
+
+
 def _set(tensor: Any, data: Tensor) -> None:
     """Exchange what a tensor holds, and its gradient's dtype with it."""
     grad, tensor.grad = tensor.grad, None
@@ -162,13 +198,14 @@ def _set_grad_dtypes(graded: list[tuple[Any, Any]]) -> None:
         param.grad = None if grad is None else grad.to(param.grad_dtype)
 
 
-def restore(tensors: list[tuple[str, Tensor]], kept: Kept) -> None:
+def restore(places: list[_Place], kept: Kept) -> None:
     """Give tensors back the dtypes they had; under `kahan` with the remainders, so that nothing is lost.
 
     Args:
-        tensors: by their names at `convert`; those whose dtype somebody has changed since are left alone.
+        places: at `convert`; tensors whose dtype somebody has changed since are left alone.
         kept: what `convert` wrote.
     """
+    tensors = list(_held(places))
     for fqn, tensor in tensors:
         before, now = kept.dtypes[fqn]
         if tensor.dtype is now and not tensor.is_meta:
@@ -189,13 +226,12 @@ def restore(tensors: list[tuple[str, Tensor]], kept: Kept) -> None:
 
 def restore_copy(model: nn.Module, kept: Kept) -> None:
     """Give the tensors of a copied, or loaded, wrapped model back the dtypes that the original's had."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for fqn, module in model.named_modules():
-        for key, tensor in (*originals(module).items(), *module._buffers.items()):
-            path = f"{fqn}.{key}".lstrip(".")
-            if tensor is not None and path in kept.dtypes:
-                found.setdefault(id(tensor), (path, tensor))
-    restore(list(found.values()), kept)
+    named = (
+        (f"{fqn}.{key}".lstrip("."), module, key, tensor)
+        for fqn, module in model.named_modules()
+        for key, tensor in (*originals(module).items(), *module._buffers.items())
+    )
+    restore([place for place in named if place[3] is not None and place[0] in kept.dtypes], kept)
     forget_loading(model)
     _flatten(model)
 
