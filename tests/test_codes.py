@@ -101,6 +101,17 @@ def test_chance_is_uniform_for_values_that_hardly_differ() -> None:
         assert torch.corrcoef(torch.stack([drawn, other]))[0, 1].abs() < 0.02
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_number_is_exact_and_as_large_a_one_of_the_other_sign_is_the_least_level(sign: int) -> None:
+    need_torchao()
+    tensor = torch.zeros(256)
+    tensor[1], tensor[2], tensor[130] = -sign * 0.95, sign, -sign
+    got = dequantise(quantise(tensor, 4, True, torch.tensor(3)), tensor)
+    want = torch.zeros(256)
+    want[1], want[2], want[130] = -sign * 0.8875, sign, -sign
+    assert torch.equal(got, want)
+
+
 @both
 def test_zero_stays_zero_beside_large_values(bits: int) -> None:
     tensor = torch.zeros(4096)
@@ -131,6 +142,19 @@ def test_blocks_of_any_size_keep_their_levels(scale: float) -> None:
     got = dequantise(quantise(tensor * scale, 4, True), tensor).double() / scale
     low, high = around(tensor, True)
     assert (torch.minimum((got - low).abs(), (got - high).abs()) <= 1e-5).all()  # scales below 1e-38 have fewer digits
+
+
+@both
+@pytest.mark.parametrize("signed", [True, False])
+def test_nan_is_not_lost(bits: int, signed: bool) -> None:
+    for place in (0, 77, 300):
+        tensor = spread((400,), 2, signed)
+        tensor[place] = torch.nan
+        got = dequantise(quantise(tensor, bits, signed), tensor)
+        assert got[place].isnan()
+        # The other blocks know nothing of it.
+        away = torch.arange(400) // BLOCK[bits] != place // BLOCK[bits]
+        assert got[away].isfinite().all()
 
 
 @both

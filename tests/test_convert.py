@@ -588,6 +588,25 @@ def test_low_dtype_that_was_changed_by_hand_is_refused() -> None:
     )
 
 
+def test_norm_that_was_made_low_precision_by_hand_is_refused_with_a_remedy_that_works() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    handle = wrapprec.wrap(model, policy="bf16-true")
+    model.to(BF16)
+    with pytest.raises(ModelChangedError) as error:
+        model(torch.randn(2, 4))
+    assert str(error.value) == (
+        "Expected trainable parameters in float32, in which the plan keeps those of this module.\n"
+        "Received: bfloat16 parameter 'weight' of shape (4,)\n"
+        'Where: "1" (LayerNorm)\n'
+        "Remedy: unwrap before you change dtypes; rules=[('1', 'bf16-true')] stores this module in bfloat16 too"
+    )
+    handle.unwrap()
+    model.float()
+    with wrapprec.wrap(model, policy="bf16-true", rules=[("1", "bf16-true")]):
+        model(torch.randn(2, 4)).float().sum().backward()
+        assert model[1].weight.dtype is model[1].weight.grad.dtype is BF16
+
+
 def test_float32_weights_swapped_in_for_a_call_are_cast_and_left_alone() -> None:
     model = nn.Linear(4, 2)
     wrapprec.wrap(model, policy="bf16-true")

@@ -86,6 +86,15 @@ def check_dtype(forward: Forward, key: str, param: Tensor) -> str | None:
             where=module_label(forward.name, forward.module),
             remedy="unwrap before you change dtypes, and wrap again with the policy of the new one",
         )
+    if forward.shared.converted is not None and forward.shared.converted.dtypes:
+        policy = "bf16-true" if param.dtype is torch.bfloat16 else "16-true"
+        return message(
+            f"trainable parameters in {name(forward.stored_dtype)}, in which the plan keeps those of this module",
+            f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",
+            where=module_label(forward.name, forward.module),
+            remedy=f"unwrap before you change dtypes; rules=[({forward.name!r}, {policy!r})] stores this module in"
+            f" {name(param.dtype)} too",
+        )
     return message(
         "trainable parameters in float32 under a mixed policy",
         f"{name(param.dtype)} parameter {key!r} of shape {tuple(param.shape)}",

@@ -181,9 +181,8 @@ def load_kept(models: Sequence[Shared], states: Iterable[dict[str, Any] | None])
     both = zip(models, states, strict=True)
     pairs = [(m, m.converted, s) for m, s in both if m.converted is not None and s is not None]
     for model, kept, state in pairs:
-        if (
-            model.model is not None
-        ):  # a layer that came since wrap has remainders from now on, not from its first forward
+        if model.model is not None:
+            # A layer that came since wrap has remainders from now on, not from its first forward.
             forward_of(model.model).take_up()
         shapes = {name: param.shape for name, param in model.named_parameters()}
         wrong = [name for name, rest in state["rests"].items() if shapes.get(name) != rest.shape]
