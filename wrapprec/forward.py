@@ -112,7 +112,11 @@ class Forward(Recorded, StandIn):
             region = self.region
             if region is None and _takes_a_mix():
                 region = scope.region
-            if region is not None and region is scope.region and not (region.by_module and module._parameters):
+            if (
+                region is not None
+                and region is scope.region
+                and not (region.by_module and module._parameters and region.is_cast(args, kwargs))
+            ):
                 # Most calls: nothing is to be done. What follows does the same for them, in more steps.
                 try:
                     if kwargs:
