@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 import threading
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,8 @@ import wrapprec
 from wrapprec import Rule
 from wrapprec.errors import DtypeMismatchError, ModelChangedError
 from wrapprec.standin import forward_of
+
+POLICIES = ["bf16-mixed", "16-mixed", "bf16-module", "16-module"]
 
 
 def model() -> nn.Sequential:
@@ -192,6 +195,67 @@ def test_contexts_of_autocast_that_are_used_again_restore_what_was_on_however_th
         seen.clear()
         other(torch.ones(2))
         assert seen[0] == low
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: torch.autocast("cpu", enabled=False),
+        lambda: torch.autocast("xpu", enabled=False),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ],
+    ids=["off", "of another device", "on", "without its cache"],
+)
+@pytest.mark.parametrize("island", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_weights_that_change_under_an_autocast_around_the_loop_are_cast_anew(
+    policy: str, island: bool, around: Any
+) -> None:
+    # Torch keeps a cast until the outermost context of autocast ends, here after the loop.
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4))), torch.randn(3, 4)
+    rules = [Rule("1", "float32"), Rule("1.1", policy.replace("module", "mixed"))] if island else []
+    wrapprec.wrap(net, policy=policy, rules=rules)
+    net(x)  # contexts made here are used again below
+    with warnings.catch_warnings(), around():
+        warnings.simplefilter("ignore")
+        net(x)
+        with torch.no_grad():
+            for param in net.parameters():
+                param.add_(0.5)
+        now = net(x)
+    torch.testing.assert_close(now, net(x), rtol=0, atol=0)
+
+
+def test_a_context_that_is_used_again_leaves_to_forward_what_is_around_it_now() -> None:
+    net = nn.Linear(2, 2)
+    wrapprec.wrap(net, policy="bf16-mixed", rules=[Rule("", "float32")])
+    region = forward_of(net).region
+    low, half = torch.bfloat16, torch.float16
+    for cache, dtype in [(True, low), (False, half), (True, half), (False, low), (True, low)]:
+        with torch.autocast("cpu", dtype, cache_enabled=cache), region.context():
+            assert not torch.is_autocast_enabled("cpu")
+            assert (torch.is_autocast_cache_enabled(), torch.get_autocast_dtype("cpu")) == (cache, dtype)
+
+
+@pytest.mark.parametrize("policy", ["bf16-module", "16-module", "bf16-true", "16-true"])
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(4), lambda: nn.GroupNorm(2, 4), lambda: nn.BatchNorm1d(4)])
+def test_norms_that_take_a_mix_bring_a_float32_stream_back_to_low_precision_under_module_casting(
+    norm: Any, policy: str
+) -> None:
+    class Widens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    class Dtype(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.dtype
+            return x
+
+    net = nn.Sequential(nn.Linear(4, 4), Widens(), norm(), Dtype())
+    wrapprec.wrap(net, policy=policy)
+    net(torch.randn(3, 4))
+    assert net[3].seen is (torch.float16 if policy.startswith("16") else torch.bfloat16)
 
 
 def test_threads_in_one_model_share_no_context_of_autocast() -> None:

@@ -160,6 +160,41 @@ def test_hooks_on_parameters_and_tensors_see_true_gradients_once(policy: str) ->
     assert_same(sorted(seen[id(mine)], key=_name), sorted(seen[id(plain)], key=_name), policy)
 
 
+@each_policy
+def test_hooks_on_parameters_that_a_loss_does_not_reach_are_not_called(policy: str) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.unused = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x), self.other(x)
+
+    torch.manual_seed(0)
+    plain = Heads()
+    mine = copy.deepcopy(plain)
+    wrapprec.wrap(mine, policy=policy, loss_scale=SCALE if policy.startswith("16") else None)
+    seen: dict[int, list[Event]] = {}
+    for model in (mine, plain):
+        events = seen[id(model)] = []
+
+        def step(param: Tensor, name: str, events: list[Event] = events) -> None:
+            events.append((f"step {name}", tensors(param.grad)))
+            param.grad = None
+
+        for name, param in model.named_parameters():
+            param.register_hook(lambda grad: grad * 2)
+            param.register_post_accumulate_grad_hook(lambda p, name=name, step=step: step(p, name))
+        one, other = model(torch.ones(2, 4))
+        one.square().mean().backward()
+        events.append(("between", []))
+        other.square().mean().backward()
+        between = events.index(("between", []))
+        events[:] = sorted(events[:between], key=_name) + sorted(events[between:], key=_name)
+    assert [name for name, _ in seen[id(mine)]] == [name for name, _ in seen[id(plain)]]
+    assert_same(seen[id(mine)], seen[id(plain)], policy)
+
+
 def _name(event: Event) -> str:
     return event[0]
 

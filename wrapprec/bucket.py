@@ -162,6 +162,15 @@ class Bucket:
         self.__init__((), **state)  # type: ignore[misc]  # restores exactly what __init__ sets
 
 
+def has_hooks(param: Tensor) -> bool:
+    """Whether somebody waits for this very parameter's gradient.
+
+    Autograd calls such hooks for every input of a Function that it reaches, also where no gradient came: for a weight
+    that was lent together with others and is not used, they would be given None.
+    """
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
 def _not_all_zero(params: list[Tensor], device: torch.device) -> Tensor:
     """1.0 unless every gradient is zero: float32, shape (), on `device`; nothing is read on the host."""
     grads = [local(p.grad) for p in params if p.grad is not None]

@@ -110,10 +110,12 @@ class Forward(Recorded, StandIn):
             and (scope.border is None or not (scope.watched or module._forward_hooks))
         ):
             region = self.region
+            if region is None and _takes_a_mix():
+                region = scope.region
             if (
-                _takes_a_mix()
-                if region is None
-                else region is scope.region and not (region.by_module and module._parameters)
+                region is not None
+                and region is scope.region
+                and not (region.by_module and module._parameters and region.is_cast(args, kwargs))
             ):
                 # Most calls: nothing is to be done. What follows does the same for them, in more steps.
                 try:
@@ -191,7 +193,7 @@ class Forward(Recorded, StandIn):
         else:
             scope.region = region
             try:
-                with region.context(reuse=True):
+                with region.context():
                     out = self._call(args, kwargs)
             finally:
                 scope.region = around

@@ -18,31 +18,48 @@ _NOTHING = contextlib.nullcontext()
 _NUMBERS = (bool, int, float)
 
 
-class _Reused:
-    """A context of autocast that was on before: to make one takes as long as to enter it.
+Settings = tuple[bool, bool, torch.dtype]
+"""Of a context of autocast: whether it is on, whether casts of weights are kept, and the low precision dtype."""
+
+
+class _Entered:
+    """A context of autocast, and one that was on before if there is one: to make it takes as long as to enter it.
 
     Args:
-        region: whose dtype and device it has.
-        cache: whether casts of weights are kept; None where autocast is switched off.
+        region: whose it is.
+        kind: the type of device.
+        settings: of the context.
     """
 
-    __slots__ = ("cache", "inner", "region")
+    __slots__ = ("inner", "kind", "region", "settings")
 
-    def __init__(self, region: Region, cache: bool | None) -> None:
+    def __init__(self, region: Region, kind: str, settings: Settings) -> None:
         self.region = region
-        self.cache = cache
+        self.kind = kind
+        self.settings = settings
 
     def __enter__(self) -> None:
+        # Torch drops the casts that it kept when the outermost context ends. That may be one around the user's loop,
+        # even one that is off or of another device, and the steps of the optimizer within it would go unseen.
+        if self.settings[1]:
+            torch.clear_autocast_cache()
         # Not in the list while it is on: it holds what was on before, and regions nest, on several threads too.
         try:
-            self.inner = self.region.idle[self.cache].pop()
-        except IndexError:
-            self.inner = self.region.autocast(self.cache)
+            self.inner = self.region.idle[self.kind, self.settings].pop()
+        except (KeyError, IndexError):
+            self.inner = _made(self.kind, self.settings)
         self.inner.__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         self.inner.__exit__(*raised)
-        self.region.idle[self.cache].append(self.inner)
+        self.region.idle.setdefault((self.kind, self.settings), []).append(self.inner)
+        if self.settings[1]:
+            torch.clear_autocast_cache()
+
+
+def _made(kind: str, settings: Settings) -> torch.autocast:
+    enabled, cache, dtype = settings
+    return torch.autocast(kind, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=cache)
 
 
 class Region:
@@ -79,37 +96,34 @@ class Region:
         # Autocast leaves float64 alone, so that beside float64 parts a region under it takes their activations over.
         self.narrows = self.autocasts and not self.casts and torch.float64 in among
         self.by_module = (precision.casting == "module" or self.high is torch.float64) and self.casts
-        # Contexts that are not on.
-        self.idle: dict[bool | None, list[torch.autocast]] = {True: [], False: [], None: []}
+        # Contexts that are not on, by type of device and settings.
+        self.idle: dict[tuple[str, Settings], list[torch.autocast]] = {}
 
-    def context(self, reuse: bool = False) -> contextlib.AbstractContextManager[Any]:
+    def context(self, traced: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Autocast as this region wants it; nothing where it is so already.
 
         Args:
-            reuse: take one that was on before; dynamo, which makes no calls, is to see one that is made.
+            traced: by dynamo, which is to see a context that is made, and keeps no casts.
         """
         if not self.others:
-            return self._autocast(self.device_type, reuse)
+            return self._autocast(self.device_type, traced)
         stack = contextlib.ExitStack()
         for kind in (self.device_type, *self.others):
-            stack.enter_context(self._autocast(kind, reuse=False))
+            stack.enter_context(self._autocast(kind, traced))
         return stack
 
-    def _autocast(self, kind: str, reuse: bool) -> contextlib.AbstractContextManager[Any]:
-        cache = None
+    def _autocast(self, kind: str, traced: bool) -> contextlib.AbstractContextManager[Any]:
         if self.autocasts:
+            assert self.low is not None
             # Inside the user's autocast the cache outlives the forward, and the optimizer's step would go unseen.
-            outer = torch.is_autocast_enabled(kind)
-            cache = self.caches and not outer and torch.is_autocast_cache_enabled()
-        elif not torch.is_autocast_enabled(kind):
+            outer = traced or torch.is_autocast_enabled(kind)
+            settings = True, self.caches and not outer and torch.is_autocast_cache_enabled(), self.low
+        elif torch.is_autocast_enabled(kind):
+            # What is left as it is around: the user's own autocast inside of this one takes it over.
+            settings = False, torch.is_autocast_cache_enabled(), torch.get_autocast_dtype(kind)
+        else:
             return _NOTHING
-        return _Reused(self, cache) if reuse else self.autocast(cache, kind)
-
-    def autocast(self, cache: bool | None, kind: str | None = None) -> torch.autocast:
-        """A new context: on, with its cache or without, or off."""
-        if cache is None:
-            return torch.autocast(kind or self.device_type, enabled=False)
-        return torch.autocast(kind or self.device_type, dtype=self.low, cache_enabled=cache)
+        return _made(kind, settings) if traced else _Entered(self, kind, settings)
 
     def is_cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether there may be something to cast: most modules are given tensors that have the dtype already."""
@@ -144,4 +158,4 @@ class Region:
         return out if low is None else cast_tree(out, low)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "idle": {True: [], False: [], None: []}}
+        return {**self.__dict__, "idle": {}}

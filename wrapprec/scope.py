@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from wrapprec import audit, levels
 from wrapprec.border import Border
 from wrapprec.boundary import Enter, Inward, Lend, Recompute
+from wrapprec.bucket import has_hooks
 from wrapprec.carried import Carried, any_widened, note_widened
 from wrapprec.cast import map_tensors, tensors_in
 from wrapprec.census import left_to_lend
@@ -137,7 +138,7 @@ class Scope:
                     weights[key] = Later(functools.partial(self._lend_one, entry))
                 else:
                     bucket = self.shared.bucket_of(forward, key, tree)
-                    group = groups.setdefault(id(bucket), [])
+                    group = groups.setdefault(id(param if has_hooks(param) else bucket), [])
                     group.append(entry)
                     weights[key] = Later(functools.partial(self._lend_bucket, bucket, group, entry))
             if weights:

@@ -259,7 +259,7 @@ def _enter(forward: Forward, scope: Any, args: tuple[Any, ...], kwargs: dict[str
         return _run(forward, args, kwargs)
     scope.region = region
     try:
-        with region.context():
+        with region.context(traced=True):
             out = _run(forward, args, kwargs)
     finally:
         scope.region = around
