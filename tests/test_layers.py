@@ -32,7 +32,7 @@ LAYERS: dict[str, str] = {
     "weights": "lowbit.words lowbit.keep lowbit.states lowbit.managers lowbit.convert lowbit.rounding lowbit.attach"
     " lowbit.checkpoint lowbit.quantised",
     "wrap": "install prepared handle wrap",
-    "tools": "migrate migrate.outcome migrate.roots migrate.byhand migrate.find"
+    "tools": "migrate migrate.outcome migrate.roots migrate.byhand migrate.watch migrate.find"
     " migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.first migrate.apex.amp migrate.apex.scalers migrate.apex.masters"
     " migrate.apex.fp16_utils migrate.apex.multi_tensor_apply migrate.apex.normalization migrate.apex.optimizers"
