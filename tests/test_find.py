@@ -7,6 +7,8 @@ import multiprocessing.process
 import pickle
 import sys
 import textwrap
+import threading
+import traceback
 import types
 import warnings
 import zipfile
@@ -198,6 +200,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         torch.save,
         pickle.dump,
         nn.Module.__reduce_ex__,
+        traceback.TracebackException.__init__,
+        threading.excepthook,
     )
 
     def run(source: str, policy: str, dry_run: bool = False) -> Ran:
@@ -227,6 +231,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         torch.save,
         pickle.dump,
         nn.Module.__reduce_ex__,
+        traceback.TracebackException.__init__,
+        threading.excepthook,
     )
     assert after == before
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:

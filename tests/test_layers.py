@@ -38,7 +38,7 @@ LAYERS: dict[str, str] = {
     " migrate.apex.fp16_utils migrate.apex.multi_tensor_apply migrate.apex.normalization migrate.apex.optimizers"
     " migrate.apex.larc migrate.apex.parallel migrate.apex"
     " migrate.alias migrate.clock migrate.saving migrate.recorders"
-    " migrate.script migrate.children migrate.run"
+    " migrate.script migrate.frames migrate.children migrate.run"
     " migrate.rewrite migrate.rewrite.syntax migrate.rewrite.targets migrate.rewrite.lineage"
     " migrate.rewrite.names migrate.rewrite.facts"
     " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.lists migrate.rewrite.comments"

@@ -142,7 +142,19 @@ class Net(nn.Module):
 model = Net()
 optimizer = torch.optim.SGD(model.parameters(), lr=1)
 model(torch.ones(1, 2)).sum().backward()
-model(torch.ones(2, 2))
+import logging, threading, traceback
+try:
+    model(torch.ones(2, 2))
+except ZeroDivisionError:
+    traceback.print_exc()
+    logging.exception("said")
+thread = threading.Thread(target=model, args=(torch.ones(2, 2),), name="T")
+thread.start()
+thread.join()
+try:
+    model(torch.ones(2, 2))
+except ZeroDivisionError:
+    model(torch.ones(3, 2))
 """
 
 
@@ -151,7 +163,8 @@ def test_traceback_is_the_scripts_own(tmp_path: Path) -> None:
     alone = _start(tmp_path, [*PYTHON, "script.py"])
     code, _, err = _start(tmp_path, [*RUN, "script.py"])
     shown = "\n".join(line for line in err.splitlines() if not line.startswith("wrapprec: ")) + "\n"
-    assert code == alone[0] == 1 and "in forward" in shown and shown == alone[2]
+    # Printed, logged, of a thread, the last one and the one before.
+    assert code == alone[0] == 1 and shown.count("ZeroDivisionError: in forward") == 5 and shown == alone[2]
     assert len(_ours(err)) >= 1
 
 
