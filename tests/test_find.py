@@ -7,6 +7,8 @@ import multiprocessing.process
 import pickle
 import sys
 import textwrap
+import threading
+import traceback
 import types
 import warnings
 import zipfile
@@ -94,6 +96,12 @@ SCRIPTS: dict[str, tuple[str, list[str]]] = {
         "    g.zero_grad()\n    loss_g = -D(fake).mean()\n    loss_g.backward()\n    g.step()\n"
         "    losses += [loss_d.item(), loss_g.item()]",
         ["Net (94 parameters, Adam)", "Net (65 parameters, Adam)"],
+    ),
+    "another meaning of parameters": (
+        "class Groups(Net):\n    def parameters(self, lr):\n"
+        "        return [{'params': m.parameters(), 'lr': lr} for m in (self.encoder, self.decoder)]\n"
+        "model = Groups()\noptimizer = torch.optim.SGD(model.parameters(0.5))" + LOOP,
+        ["Groups (58 p"],
     ),
     "clipped accumulation with a schedule": (
         "model = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)\n"
@@ -192,6 +200,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         torch.save,
         pickle.dump,
         nn.Module.__reduce_ex__,
+        traceback.TracebackException.__init__,
+        threading.excepthook,
     )
 
     def run(source: str, policy: str, dry_run: bool = False) -> Ran:
@@ -221,6 +231,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         torch.save,
         pickle.dump,
         nn.Module.__reduce_ex__,
+        traceback.TracebackException.__init__,
+        threading.excepthook,
     )
     assert after == before
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
@@ -687,6 +699,25 @@ def test_model_that_no_training_steps_is_not_taken_for_one(run: Any, body: str) 
     assert ran.labels == [] and "nothing was wrapped" in ran.session.summary()
 
 
+@pytest.mark.parametrize("where", ["torch.device('meta')", "FakeTensorMode()"])
+def test_models_without_values_are_not_taken_for_one(run: Any, where: str) -> None:
+    source = "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+    source += f"with {where}:\n    model = Net()\n    for _ in range(4): model(torch.ones(1, 4)).sum().backward()\n"
+    assert run(source, "bf16-mixed").labels == []
+
+
+def test_steps_by_hand_are_seen_where_a_device_has_no_float64(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = torch.Tensor.sum
+
+    def narrow(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return total(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sum", narrow)
+    assert run("model = Net()" + BY_HAND, "bf16-mixed").labels == ["Net (58 parameters)"]
+
+
 def test_watch_for_steps_by_hand_ends_at_the_first_optimizer(run: Any) -> None:
     source = "other = Net()\n" + SCRIPTS["plain"][0] + BY_HAND.replace("model", "other")
     assert run(source, "bf16-mixed").labels == ["Net (58 parameters, SGD)"]
@@ -696,7 +727,12 @@ def test_watch_for_steps_by_hand_ends_at_the_first_optimizer(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "save", ["torch.save(both, 'PATH')", "import pickle\nwith open('PATH', 'wb') as f: pickle.dump(both, f)"]
+    "save",
+    [
+        "torch.save(both, 'PATH')",
+        "import pickle\nwith open('PATH', 'wb') as f: pickle.dump(both, f)",
+        "import pickle\nwith open('PATH', 'wb') as f: f.write(pickle.dumps(both))",
+    ],
 )
 def test_whole_model_is_saved_without_wrapprec(run: Any, tmp_path: Path, save: str) -> None:
     path = tmp_path / "model.pt"
@@ -719,6 +755,44 @@ def _members(path: Path) -> list[bytes]:
         return [path.read_bytes()]
     with zipfile.ZipFile(path) as file:
         return [file.read(name) for name in file.namelist()]
+
+
+SLOW = """
+import io, pickle, threading, time
+class Slow:
+    def __init__(self, begun=None, go=None): self.begun, self.go = begun, go
+    def __reduce__(self):
+        self.begun.set(); assert self.go.wait(20); return Slow, ()
+def save(slow):
+    file = io.BytesIO()
+    torch.save([slow, model], file)
+    files.append(file.getvalue())
+files, events = [], [threading.Event() for _ in range(4)]
+threads = []
+for begun, go in (events[:2], events[2:]):
+    threads.append(threading.Thread(target=save, args=(Slow(begun, go),)))
+    threads[-1].start()
+    assert begun.wait(20)
+for go, thread in zip(events[1::2], threads):
+    go.set()
+    thread.join()
+"""
+
+
+def test_threads_that_save_at_once_leave_wrapprec_out_and_torch_as_it_was(run: Any) -> None:
+    # The second begins within the first, and ends after it. The fixture looks at torch.
+    files = run(SCRIPTS["plain"][0] + SLOW, "bf16-mixed").names["files"]
+    assert len(files) == 2 and not any(b"wrapprec" in file for file in files)
+
+
+def test_functions_that_are_replaced_can_be_sent_to_processes_as_alone(run: Any) -> None:
+    source = (
+        "import pickle\nnames = [torch.save, torch.serialization.save, pickle.dump, pickle.dumps, torch.jit.trace]\n"
+    )
+    source += (
+        "same = [pickle.loads(pickle.dumps(one)) is one for one in names] + [torch.save is torch.serialization.save]"
+    )
+    assert all(run(source, "bf16-mixed").names["same"])
 
 
 def test_forward_that_the_script_had_replaced_itself_is_saved_as_it_was(run: Any, tmp_path: Path) -> None:

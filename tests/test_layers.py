@@ -32,13 +32,13 @@ LAYERS: dict[str, str] = {
     "weights": "lowbit.words lowbit.keep lowbit.states lowbit.managers lowbit.convert lowbit.rounding lowbit.attach"
     " lowbit.checkpoint lowbit.quantised",
     "wrap": "install prepared handle wrap",
-    "tools": "migrate migrate.outcome migrate.roots migrate.byhand migrate.find"
+    "tools": "migrate migrate.outcome migrate.roots migrate.byhand migrate.watch migrate.find"
     " migrate.apex.notes migrate.apex.options migrate.apex.session migrate.apex.casts"
     " migrate.apex.saved migrate.apex.first migrate.apex.amp migrate.apex.scalers migrate.apex.masters"
     " migrate.apex.fp16_utils migrate.apex.multi_tensor_apply migrate.apex.normalization migrate.apex.optimizers"
     " migrate.apex.larc migrate.apex.parallel migrate.apex"
     " migrate.alias migrate.clock migrate.saving migrate.recorders"
-    " migrate.script migrate.children migrate.run"
+    " migrate.script migrate.frames migrate.children migrate.run"
     " migrate.rewrite migrate.rewrite.syntax migrate.rewrite.targets migrate.rewrite.lineage"
     " migrate.rewrite.names migrate.rewrite.facts"
     " migrate.rewrite.found migrate.rewrite.edits migrate.rewrite.lists migrate.rewrite.comments"

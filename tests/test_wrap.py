@@ -174,3 +174,21 @@ def test_models_and_optimizers_may_be_lists_and_share_parameters_freely() -> Non
             ],
             "16-mixed",
         )
+
+
+@pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed,init_scale=64", "bf16-module", "bf16-true"])
+def test_model_whose_class_has_another_meaning_of_parameters_is_wrapped(policy: str) -> None:
+    class Groups(nn.Sequential):
+        def parameters(self, lr: float) -> Any:  # type: ignore[override]
+            return [{"params": part.parameters(), "lr": lr} for part in self]
+
+    model = Groups(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(0.5))
+    handle = wrapprec.wrap(model, optimizer, policy)
+    before = [part.weight.detach().clone() for part in model]
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(part.weight, old) for part, old in zip(model, before, strict=True))
+    assert handle.skipped_steps == 0
+    handle.unwrap()
+    assert model(torch.ones(2, 4)).dtype is torch.float32

@@ -58,7 +58,11 @@ def keeps_float32(fqn: str, module: nn.Module) -> str | None:
     kind: Any = type(module)  # mypy finds a Module class unhashable
     if _scatters_by_class(kind):
         return "message passing"
-    return FOURIER if not any(True for _ in module.parameters()) and _FOURIER.search(source_of(kind)) else None
+    return (
+        FOURIER
+        if not any(True for _ in nn.Module.named_parameters(module)) and _FOURIER.search(source_of(kind))
+        else None
+    )
 
 
 def _is_named_norm(module: nn.Module) -> bool:
@@ -126,7 +130,7 @@ def is_listed(fqn: str, module: nn.Module, pattern: re.Pattern[str]) -> bool:
     if pattern.search(fqn):
         return True
     # A child without weights (an activation) makes no container of it.
-    holds = any(True for child in module.children() for _ in child.parameters())
+    holds = any(True for child in module.children() for _ in nn.Module.named_parameters(child))
     own: dict[str, object] = {} if holds else {**module._parameters, **module._buffers}
     return any(pattern.search(f"{fqn}.{name}") for name, tensor in own.items() if tensor is not None)
 

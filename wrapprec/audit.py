@@ -158,7 +158,11 @@ def walk(
     seen: set[tuple[Any, tuple[int, ...]]] = set()
     met: set[Scaler] = set()
     lent = {
-        id(param) for top in modules for below in top.modules() if _is_compiled(below) for param in below.parameters()
+        id(param)
+        for top in modules
+        for below in top.modules()
+        if _is_compiled(below)
+        for _, param in nn.Module.named_parameters(below)
     }
     while todo:
         node, inside = todo.pop()

@@ -135,4 +135,4 @@ def other_types(model: nn.Module, device: torch.device) -> tuple[str, ...]:
     >>> other_types(nn.Linear(2, 2), torch.device("cuda", 0))
     ('cpu',)
     """
-    return tuple(sorted({param.device.type for param in model.parameters()} - {device.type, "meta"}))
+    return tuple(sorted({param.device.type for _, param in nn.Module.named_parameters(model)} - {device.type, "meta"}))

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.parameter import is_lazy
 
 from wrapprec.cast import tensors_in
+from wrapprec.migrate.roots import params_in
 
 
 class _Seen:
@@ -40,14 +42,14 @@ class ByHand:
             True once: the third training forward, at the earliest, finds weights that moved after a gradient came.
         """
         params = _trained(module)
-        if not module.training or not params:
+        if not module.training or not params or any(map(_has_no_values, params)):
             return False
         seen = self._of(module)
         if not seen.has_backward or seen.is_told:
             return False
         with torch.no_grad():
             # Sums, once a backward was seen: a training script, which looks here until it has made its first step.
-            sums = torch.stack([param.sum(dtype=torch.float64).cpu() for param in params])
+            sums = torch.stack([_sum(param) for param in params])
         before, seen.weights = seen.weights, sums
         seen.is_told = before is not None and before.shape == sums.shape and not torch.equal(before, sums)
         return seen.is_told
@@ -74,5 +76,17 @@ class ByHand:
         return seen
 
 
+def _has_no_values(param: torch.Tensor) -> bool:
+    return param.is_meta or is_fake(param)
+
+
+def _sum(param: torch.Tensor) -> torch.Tensor:
+    try:
+        total = param.sum(dtype=torch.float64)
+    except (TypeError, RuntimeError):  # some devices have no float64
+        total = param.sum()
+    return total.cpu().double()
+
+
 def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad and p.is_floating_point() and not is_lazy(p)]
+    return [p for p in params_in(module) if p.requires_grad and p.is_floating_point() and not is_lazy(p)]

@@ -6,7 +6,6 @@ and only as long: a script runs at full speed once its models are wrapped.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import warnings
@@ -24,16 +23,14 @@ from wrapprec.errors import WrapprecWarning
 from wrapprec.handle import Handle
 from wrapprec.migrate.byhand import ByHand
 from wrapprec.migrate.outcome import Found
-from wrapprec.migrate.roots import params_of, roots_of
+from wrapprec.migrate.roots import params_in, params_of, roots_of
+from wrapprec.migrate.watch import builds, calls
 from wrapprec.plan import resolve
 from wrapprec.step import inner_optimizers
 from wrapprec.wrap import handle_of, wrap
 
 _PATIENCE = 1000
 """Outermost calls of modules with parameters, none of them an optimizer's, before the watch ends."""
-
-_installed: list[Finder] = []
-"""Those that watch: of `wrapprec run`, and of Apex's `amp.init` in the script that it runs."""
 
 
 class Finder:
@@ -49,7 +46,6 @@ class Finder:
         self.policy = policy
         self.say = say
         self.dry_run = dry_run
-        self.is_installed = False
         self.found: list[Found] = []
         self.prints = True
         self.when_wrapped: Callable[[], None] = lambda: None
@@ -58,72 +54,43 @@ class Finder:
         self._scripts_own: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._said: set[str] = set()
         self._misses = 0
-        self._inside = threading.local()
         self._lock = threading.RLock()
-        self._init = Optimizer.__init__
-        self._call: Any = None
 
     # Watching
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether it is told of optimizers that are built."""
+        return self in builds.watchers
+
     def install(self) -> None:
         """Note every optimizer that is built from now on; until there is one, models may be stepped by hand."""
-        original = self._init
-
-        @functools.wraps(original)
-        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self.expect(optimizer)
-
-        Optimizer.__init__ = __init__  # type: ignore[method-assign, assignment]
-        self.is_installed = True
-        for other in (*_installed, *([self] if _installed else [])):
-            other._by_hand = None  # the script has begun to use Apex, and that another watches is its doing
-            if not other._waiting:
-                other._rest()
-        _installed.append(self)
+        builds.add(self)
+        if len(builds.watchers) > 1:  # of `wrapprec run`, and of Apex's `amp.init` in the script that it runs
+            for finder in builds.watchers:
+                finder._by_hand = None  # the script has begun to use Apex
+                if not finder._waiting:
+                    calls.discard(finder)
         if self._by_hand is not None:
-            self._watch()
+            calls.add(self)
 
     def expect(self, optimizer: Optimizer) -> None:
-        """Watch for the model of an optimizer, such as one that was built before."""
+        """Watch for the model of an optimizer, such as one that was built before.
+
+        Args:
+            optimizer: nothing happens where it is expected.
+        """
         self._by_hand = None
-        self._waiting.append(weakref.ref(optimizer))
+        if all(ref() is not optimizer for ref in self._waiting):
+            self._waiting.append(weakref.ref(optimizer))
         self._misses = 0
-        self._watch()
+        calls.add(self)
 
     def remove(self) -> None:
-        """Leave torch as it was; what is wrapped stays wrapped."""
-        Optimizer.__init__ = self._init  # type: ignore[method-assign]
-        self.is_installed = False
-        _installed[:] = [other for other in _installed if other is not self]
+        """Watch no more; what is wrapped stays wrapped."""
+        builds.discard(self)
+        calls.discard(self)
         self._waiting.clear()
-        self._rest()
-
-    def _watch(self) -> None:
-        if self._call is not None:
-            return
-        # Not a global forward hook: torch has looked up the module's forward already when it calls one.
-        self._call = original = nn.Module.__call__
-
-        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or getattr(self._inside, "call", False):
-                return original(module, *args, **kwargs)
-            self._inside.call = True
-            try:
-                self.look_at(module)
-                out = original(module, *args, **kwargs)
-                if self._by_hand is not None:
-                    self._by_hand.watch(module, out)
-                return out
-            finally:
-                self._inside.call = False
-
-        nn.Module.__call__ = __call__  # type: ignore[method-assign]
-
-    def _rest(self) -> None:
-        if self._call is not None:
-            nn.Module.__call__ = self._call  # type: ignore[method-assign]
-            self._call = None
 
     # Finding
 
@@ -135,13 +102,9 @@ class Finder:
         """
         if not torch.is_grad_enabled():
             return
-        for other in reversed(_installed):  # what the script itself asked for comes before what it is run with
-            if other is self:
-                break
-            other.look_at(module)
         with self._lock:
             waiting = [optimizer for ref in self._waiting if (optimizer := ref()) is not None]
-            owned = {id(param) for param in module.parameters()}
+            owned = {id(param) for param in params_in(module)}
             mine = [optimizer for optimizer in waiting if owned & params_of([optimizer])]
             if mine:
                 self._settle(module, mine)
@@ -152,7 +115,17 @@ class Finder:
                     self._settle(module, [])
             self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
             if (not self._waiting and self._by_hand is None) or self._misses > _PATIENCE:
-                self._rest()
+                calls.discard(self)
+
+    def look_back(self, module: nn.Module, out: Any) -> None:
+        """A module was called, from outside of any other.
+
+        Args:
+            module: the one.
+            out: what it returned.
+        """
+        if self._by_hand is not None:
+            self._by_hand.watch(module, out)
 
     def _settle(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
         inner = [below for optimizer in optimizers for below in inner_optimizers(optimizer)]
@@ -252,7 +225,7 @@ def _received(error: Exception) -> str:
 
 
 def _label(roots: list[nn.Module], optimizers: list[Optimizer]) -> str:
-    sizes = {id(p): p.numel() for root in roots for p in root.parameters() if not is_lazy(p)}
+    sizes = {id(p): p.numel() for root in roots for p in params_in(root) if not is_lazy(p)}
     number = sum(sizes.values())
     models = " and ".join(type(root).__name__ for root in roots)
     names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -267,7 +240,7 @@ def why_not(module: nn.Module) -> str | None:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by torch.jit, and runs without Python"
-    params = [param for param in module.parameters() if param.is_floating_point()]
+    params = [param for param in params_in(module) if param.is_floating_point()]
     kinds = {param.device.type for param in params}
     if any(_is_autocast_on(kind) for kind in kinds):
         return "the script calls it under torch.autocast: its precision is the script's own"
@@ -285,7 +258,7 @@ def why_not(module: nn.Module) -> str | None:
 
 def low_of(module: nn.Module) -> str:
     """Say in which dtypes a model trains where that is not float32; nothing where it is."""
-    low = {param.dtype for param in module.parameters() if param.is_floating_point() and param.requires_grad}
+    low = {param.dtype for param in params_in(module) if param.is_floating_point() and param.requires_grad}
     low -= {torch.float32}
     return f"its parameters are {' and '.join(sorted(map(name, low)))}" if low else ""
 

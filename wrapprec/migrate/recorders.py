@@ -42,7 +42,9 @@ class Recorders:
             original = getattr(module, name, None)  # the private one may go
             if original is not None:
                 self._replaced.append((module, name, original))
-                setattr(module, name, self._around(original))
+                ours = self._around(original)
+                ours.__module__ = home  # where pickle looks for it
+                setattr(module, name, ours)
 
     def remove(self) -> None:
         """Leave torch as it was."""

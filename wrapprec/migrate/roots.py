@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,19 @@ from torch.optim import Optimizer
 def params_of(optimizers: Iterable[Optimizer]) -> set[int]:
     """The ids of the parameters that optimizers step."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def params_in(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Give a module's parameters; its class may have given the name `parameters` to something else, such as groups.
+
+    Args:
+        module: any.
+
+    Yields:
+        Each once.
+    """
+    for _, param in nn.Module.named_parameters(module):
+        yield param
 
 
 def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | None = None) -> list[nn.Module]:
@@ -33,13 +46,13 @@ def roots_of(module: nn.Module, needed: set[int], live: Sequence[nn.Module] | No
     >>> roots_of(encoder, params_of([optimizer])) == [encoder, decoder]
     True
     """
-    owned = {id(param) for param in module.parameters()}
+    owned = {id(param) for param in params_in(module)}
     if needed <= owned:
         return [module]
     if live is None:
         # `type`, not `isinstance`: lazy proxies would be woken up. Some were never built to the end.
         live = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
-    owners = [(one, {id(p) for p in one.parameters()}, {id(m) for m in one.modules()}) for one in live]
+    owners = [(one, {id(p) for p in params_in(one)}, {id(m) for m in one.modules()}) for one in live]
     around = [owner for owner in owners if id(module) in owner[2]]
     roots = [_best(around, needed)]
     while rest := needed - set().union(*(root[1] for root in roots)):

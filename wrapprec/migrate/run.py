@@ -13,6 +13,7 @@ from wrapprec.migrate.alias import ApexFinder
 from wrapprec.migrate.children import Children
 from wrapprec.migrate.clock import Clock
 from wrapprec.migrate.find import Finder
+from wrapprec.migrate.frames import Frames
 from wrapprec.migrate.outcome import tell
 from wrapprec.migrate.recorders import Recorders
 from wrapprec.migrate.saving import Saving
@@ -54,6 +55,7 @@ class Session:
         self.alias = ApexFinder(self.say)
         self.recorders = Recorders(self.finder.models)
         self.saving = Saving()
+        self.frames = Frames()
         self.finder.when_wrapped = lambda: self.clock.start()
         self.children = Children(begin, (policy, dry_run), self._forked, self._ended)
 
@@ -63,6 +65,7 @@ class Session:
         self.alias.install()
         self.recorders.install()
         self.saving.install()
+        self.frames.install()
         self.children.install()
 
     def stop(self) -> None:
@@ -71,6 +74,7 @@ class Session:
         self.alias.remove()
         self.recorders.remove()
         self.saving.remove()
+        self.frames.remove()
         self.children.remove()
         self.clock.stop()
 

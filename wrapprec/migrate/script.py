@@ -138,10 +138,39 @@ def _show_without_ours() -> None:
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        trace = strip(error, trace)
+        trace = strip_all(error, trace)
         shown(kind, error.with_traceback(trace), trace)
 
     sys.excepthook = hook
+
+
+def is_ours(file: str) -> bool:
+    """Whether it is one of wrapprec's files.
+
+    Args:
+        file: its full path.
+    """
+    return file.startswith(_OURS)
+
+
+def strip_all(error: BaseException, trace: TracebackType | None) -> TracebackType | None:
+    """Take our frames out of a traceback, and out of those of the errors that led to it.
+
+    Args:
+        error: what was raised.
+        trace: its frames, the outermost first.
+
+    Returns:
+        As `strip`.
+    """
+    todo, seen = [error.__cause__, error.__context__], {id(error)}
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = strip(one, one.__traceback__)
+            todo += [one.__cause__, one.__context__]
+    return strip(error, trace)
 
 
 def strip(error: BaseException, trace: TracebackType | None) -> TracebackType | None:
@@ -158,7 +187,7 @@ def strip(error: BaseException, trace: TracebackType | None) -> TracebackType | 
     while trace is not None:
         frames.append(trace)
         trace = trace.tb_next
-    ours = [frame.tb_frame.f_code.co_filename.startswith(_OURS) for frame in frames]
+    ours = [is_ours(frame.tb_frame.f_code.co_filename) for frame in frames]
     runner = [number for number, frame in enumerate(frames) if frame.tb_frame.f_code.co_filename == __file__]
     start = runner[-1] + 1 if runner else 0
     is_defect = bool(ours) and ours[-1] and len(frames) > start + 1 and not isinstance(error, WrapprecError)
