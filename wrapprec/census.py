@@ -13,7 +13,7 @@ from wrapprec.computed import computed_by_hooks
 from wrapprec.lent import originals
 from wrapprec.modes import graphs_lend
 from wrapprec.sharded import MARK
-from wrapprec.standin import StandIn, forward_of
+from wrapprec.standin import stands_in
 
 if TYPE_CHECKING:
     from wrapprec.forward import Forward
@@ -36,7 +36,7 @@ class Census:
         self.forwards = forwards
         self.every = frozenset(forwards)
         self.modules = [forward.module for forward in forwards]
-        self._complete = all(isinstance(forward_of(module), StandIn) for module in self.modules[0].modules())
+        self._complete = all(stands_in(module) for module in self.modules[0].modules())
         self._own = [module.__dict__ for module in self.modules]
         # A module's dict of submodules stays the same one.
         self._below = [module._modules for module in self.modules]

@@ -39,6 +39,12 @@ def forward_of(module: nn.Module) -> Any:
     return module.__dict__.get(place_of(module))
 
 
+def stands_in(module: nn.Module) -> bool:
+    """Whether a module has a stand-in, be it under a graph that was recorded of it since."""
+    own = forward_of(module)
+    return isinstance(own, StandIn) or beneath_graph(own, StandIn) is not None
+
+
 def take_away(module: nn.Module) -> None:
     """Put the original back where a stand-in was moved since it was put there."""
     name = place_of(module)
