@@ -46,6 +46,20 @@ def check(function: Callable[[str], None]) -> Callable[[str], None]:
     return function
 
 
+def marking(checks: dict[str, Callable[[str], None]]) -> Callable[..., Any]:
+    """A decorator for checks that take long, or do not depend on the policy: they run with the policies given only."""
+
+    def check_with(*policies: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
+        def mark(function: Callable[[str], None]) -> Callable[[str], None]:
+            function.policies = list(policies)  # type: ignore[attr-defined]
+            checks[function.__name__] = function
+            return function
+
+        return mark
+
+    return check_with
+
+
 def run(folder: Path, processes: int, names: list[str], checks: dict[str, Callable[[str], None]]) -> dict[str, str]:
     """What came of each check: starting processes takes seconds, so those of one group run them all."""
     arguments = processes, names, str(folder / "rendezvous"), str(folder), checks

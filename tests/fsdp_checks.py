@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ddp_checks import data, mine, near, same_everywhere, tolerance
+from ddp_checks import data, marking, mine, near, same_everywhere, tolerance
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,14 +32,7 @@ def check(function: Callable[[str], None]) -> Callable[[str], None]:
     return function
 
 
-def check_with(*policies: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
-    """For what takes long, or does not depend on the policy: with these only."""
-
-    def mark(function: Callable[[str], None]) -> Callable[[str], None]:
-        function.policies = list(policies)  # type: ignore[attr-defined]
-        return check(function)
-
-    return mark
+check_with = marking(CHECKS)
 
 
 # Models, comparison

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ddp_checks import data, launched, mine, same_everywhere, tolerance
+from ddp_checks import data, launched, marking, mine, same_everywhere, tolerance
 from fsdp_checks import raises
 from torch import Tensor, nn
 
@@ -20,14 +20,7 @@ from wrapprec import LossScale
 CHECKS: dict[str, Callable[[str], None]] = {}
 """By name; each takes a policy, and raises where it fails. All processes run them in the same order."""
 
-
-def check_with(*policies: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
-    def mark(function: Callable[[str], None]) -> Callable[[str], None]:
-        function.policies = list(policies)  # type: ignore[attr-defined]
-        CHECKS[function.__name__] = function
-        return function
-
-    return mark
+check_with = marking(CHECKS)
 
 
 def folder() -> str:

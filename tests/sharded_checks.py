@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ddp_checks import data, mine, near, same_everywhere, tolerance
+from ddp_checks import data, marking, mine, near, same_everywhere, tolerance
 from fsdp_checks import agreed, build, grads, net, raises, reference, scale_of, shard, split, weights
 from fsdp_checks import backward as backward_of
 from torch import Tensor, nn
@@ -25,14 +25,7 @@ from wrapprec import LossScale
 CHECKS: dict[str, Callable[[str], None]] = {}
 """By name; each takes a policy, and raises where it fails. All processes run them in the same order."""
 
-
-def check_with(*policies: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
-    def mark(function: Callable[[str], None]) -> Callable[[str], None]:
-        function.policies = list(policies)  # type: ignore[attr-defined]
-        CHECKS[function.__name__] = function
-        return function
-
-    return mark
+check_with = marking(CHECKS)
 
 
 class Bare(nn.Module):
