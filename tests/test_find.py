@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 import wrapprec
 from wrapprec.migrate.apex.session import session as apex_session
+from wrapprec.migrate.find import Finder
 from wrapprec.migrate.roots import roots_of
 from wrapprec.migrate.run import Session
 from wrapprec.migrate.script import Program, execute
@@ -300,10 +301,22 @@ def test_model_without_shapes_yet_is_found(run: Any) -> None:
     assert ran.session.finder.found[0].reason is None
 
 
-def test_watch_ends_where_an_optimizer_has_no_model(run: Any) -> None:
+def test_model_whose_training_begins_late_is_found(run: Any) -> None:
+    source = SCRIPTS["plain"][0].replace("for x, y", "for _ in range(2000): other(torch.ones(1))\nfor x, y")
+    ran = run("other = nn.Linear(1, 1)\n" + source, "bf16-mixed")
+    assert [found.label for found in ran.session.finder.found] == ["Net (58 parameters, SGD)"]
+    assert ran.session.finder.found[0].reason is None
+    want = torch.tensor(_curve("other = nn.Linear(1, 1)\n" + source))
+    assert (torch.tensor(ran.names["losses"]) - want).abs().max() <= 4 * 2**-8 * want.abs().max()
+
+
+def test_watch_passes_by_what_no_optimizer_has(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    note = Finder._note_low
+    monkeypatch.setattr(Finder, "_note_low", lambda self, module: looked.append(module) or note(self, module))
     source = "other = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1)\nlayer = nn.Linear(1, 1)\n"
-    assert run(source + "for _ in range(1000): layer(torch.ones(1))", "bf16-mixed").watches is True
-    assert run(source + "for _ in range(1001): layer(torch.ones(1))", "bf16-mixed").watches is False
+    assert run(source + "for _ in range(2000): layer(torch.ones(1))", "bf16-mixed").watches is True
+    assert len(looked) == 1001
 
 
 def test_optimizer_made_later_is_guarded(run: Any) -> None:

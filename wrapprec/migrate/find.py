@@ -30,7 +30,7 @@ from wrapprec.step import inner_optimizers
 from wrapprec.wrap import handle_of, wrap
 
 _PATIENCE = 1000
-"""Outermost calls of modules with parameters, none of them an optimizer's, before the watch ends."""
+"""Outermost calls of modules whose parameters no optimizer has, after which only other modules are looked at."""
 
 
 class Finder:
@@ -54,6 +54,8 @@ class Finder:
         self._scripts_own: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._said: set[str] = set()
         self._misses = 0
+        # By id, the first of those that were looked at in vain.
+        self._strangers: dict[int, weakref.ref[nn.Module]] = {}
         self._lock = threading.RLock()
 
     # Watching
@@ -84,6 +86,7 @@ class Finder:
         if all(ref() is not optimizer for ref in self._waiting):
             self._waiting.append(weakref.ref(optimizer))
         self._misses = 0
+        self._strangers.clear()
         calls.add(self)
 
     def remove(self) -> None:
@@ -100,7 +103,8 @@ class Finder:
         Args:
             module: the one that is called.
         """
-        if not torch.is_grad_enabled():
+        stranger = self._strangers.get(id(module)) if self._misses > _PATIENCE else None
+        if not torch.is_grad_enabled() or (stranger is not None and stranger() is module):
             return
         with self._lock:
             waiting = [optimizer for ref in self._waiting if (optimizer := ref()) is not None]
@@ -110,11 +114,13 @@ class Finder:
                 self._settle(module, mine)
             elif owned:
                 self._misses += 1
+                if len(self._strangers) < _PATIENCE:
+                    self._strangers[id(module)] = weakref.ref(module)
                 self._note_low(module)
                 if self._by_hand is not None and self._by_hand.trains(module) and not low_of(module):
                     self._settle(module, [])
             self._waiting = [weakref.ref(left) for left in waiting if all(left is not known for known in mine)]
-            if (not self._waiting and self._by_hand is None) or self._misses > _PATIENCE:
+            if not self._waiting and (self._by_hand is None or self._misses > _PATIENCE):
                 calls.discard(self)
 
     def look_back(self, module: nn.Module, out: Any) -> None:
