@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +34,21 @@ class Linear4(Quantised):
     def unpack(self, weight: Any) -> Tensor:
         # As one long row: with rows that are no multiple of a block bitsandbytes' CPU kernel (0.50.2) takes the scales
         # of other blocks.
-        state = copy.copy(_state(weight))
-        shape, state.shape = state.shape, torch.Size((1, math.prod(state.shape)))
+        state = _state(weight)
+        # Not `copy.copy`, which dynamo of torch 2.9 does not enter.
+        row = type(state)(
+            absmax=state.absmax,
+            shape=torch.Size((1, math.prod(state.shape))),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+            offset=state.offset,
+            state2=state.state2,
+        )
         kernels = library(self.form).functional
-        unpacked: Tensor = kernels.dequantize_4bit(weight.detach(), state)
-        return unpacked.reshape(shape)
+        unpacked: Tensor = kernels.dequantize_4bit(weight.detach(), row)
+        return unpacked.reshape(state.shape)
 
     def compute(self, forward: Forward, weight: Any, x: Tensor) -> Tensor:
         rows, columns = self.shape(weight)
